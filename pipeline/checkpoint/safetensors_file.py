@@ -1,0 +1,235 @@
+"""The safetensors container: its header, its dtypes, and exact byte ranges.
+
+In: a path. Out: one `TensorInfo` per tensor (dtype, shape, absolute byte range), after checking
+everything that the header promises against the file. Only the header is read, so opening the
+50,000 tensors of a large model costs well under a second per file.
+
+Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON
+header `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`, then the buffers, without
+holes and without overlap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import LayersweepError, SourceError
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# The reference implementation refuses longer headers (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
+MAX_HEADER_BYTES = 100_000_000
+
+CHUNK_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: Full name.
+        dtype: As safetensors writes it, e.g. `"BF16"`.
+        shape: Logical shape; `()` for a scalar.
+        path: The file.
+        start: First byte of the buffer, from the beginning of the file.
+        stop: One past its last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffer in bytes."""
+        return self.stop - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[str, TensorInfo]:
+    """Reads and checks the header of one file.
+
+    Args:
+        path: A safetensors file (or a link to one).
+        error: The class to raise.
+
+    Raises:
+        LayersweepError: The file is unreadable, truncated, or its header contradicts itself.
+    """
+    try:
+        size = os.stat(path).st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise error(
+                    str(path),
+                    value=f"{size} bytes with a header of {length} bytes",
+                    rule="the header must fit into the file",
+                    remedy="the file is truncated or not safetensors; fetch it again",
+                )
+            text = file.read(length)
+    except OSError as problem:
+        raise error(str(path), value=problem.strerror, rule="must be readable") from problem
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries.pop("__metadata__", None)
+        infos = {
+            name: _parse_entry(name, entry, path, 8 + length) for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise error(
+            str(path),
+            value=f"a header that does not parse ({problem})",
+            rule="a safetensors header is JSON with dtype, shape and data_offsets per tensor",
+            remedy="fetch the file again",
+        ) from problem
+    _check_offsets(path, infos, 8 + length, size, error)
+    return infos
+
+
+def read_into(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fills `view` from `offset` of an open file; returns the bytes read (fewer at its end)."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def iterate_chunks(info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of one tensor in pieces of at most 16 MiB; each piece is reused by the next.
+
+    Raises:
+        SourceError: The file ended early.
+    """
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, info.nbytes)))
+    descriptor = os.open(info.path, os.O_RDONLY)
+    try:
+        for start in range(info.start, info.stop, CHUNK_BYTES):
+            view = buffer[: min(CHUNK_BYTES, info.stop - start)]
+            if read_into(descriptor, view, start) != len(view):
+                raise truncated(info)
+            yield view
+    finally:
+        os.close(descriptor)
+
+
+def truncated(info: TensorInfo) -> SourceError:
+    """The error for a file that ended inside a tensor after its header had been checked."""
+    return SourceError(
+        f"{info.path}: {info.name}",
+        value="end of file inside the tensor",
+        rule=f"bytes {info.start} to {info.stop} must exist",
+        remedy="the file changed while it was read; fetch it again",
+    )
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def from_bytes(buffer: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over a flat uint8 buffer of exactly its size."""
+    return buffer.view(TORCH_DTYPES[dtype]).reshape(shape)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r} appears twice")
+            seen.add(name)
+    return entries
+
+
+def _parse_entry(name: str, entry: Mapping[str, Any], path: Path, base: int) -> TensorInfo:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    numbers = (start, stop, *shape)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"{name}: offsets {start}, {stop} and shape {shape}")
+    return TensorInfo(name, str(entry["dtype"]), shape, path, base + start, base + stop)
+
+
+def _check_offsets(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    base: int,
+    size: int,
+    error: type[LayersweepError],
+) -> None:
+    expected = base
+    for info in sorted(infos.values(), key=lambda info: (info.start, info.stop)):
+        if info.start != expected:
+            kind = "a hole" if info.start > expected else "an overlap"
+            raise error(
+                f"{path}: {info.name}",
+                value=f"{kind} at byte {min(info.start, expected)}",
+                rule="buffers follow each other without holes or overlaps",
+                remedy="the file is corrupt; fetch it again",
+            )
+        if info.stop > size:
+            raise error(
+                f"{path}: {info.name}",
+                value=f"a file of {size} bytes",
+                rule=f"the tensor ends at byte {info.stop}",
+                remedy="the file is truncated; fetch it again",
+            )
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise error(
+                f"{path}: {info.name}",
+                value=f"dtype {info.dtype}",
+                rule="known dtypes are " + ", ".join(TORCH_DTYPES),
+            )
+        if info.nbytes != info.elements * dtype.itemsize:
+            raise error(
+                f"{path}: {info.name}",
+                value=f"{info.nbytes} bytes",
+                rule=f"{info.dtype} {list(info.shape)} takes {info.elements * dtype.itemsize}",
+                remedy="the file is corrupt; fetch it again",
+            )
+        expected = info.stop
+    if expected != size:
+        raise error(
+            str(path),
+            value=f"{size} bytes",
+            rule=f"its header describes {expected}",
+            remedy="the file is truncated or has trailing bytes; fetch it again",
+        )

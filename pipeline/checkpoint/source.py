@@ -1,0 +1,256 @@
+"""The source checkpoint: what it holds, and exact slices of it.
+
+In: a directory, a Hub id or `demo`. Out: a `Source`: its config, the place of every tensor, the
+small files to copy along, and `read`, which gives one rank's shard of one tensor and touches no
+other byte of it. Opening reads headers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.hub import locate
+from pipeline.checkpoint.safetensors_file import TensorInfo, read_header
+from pipeline.checkpoint.slices import read_shard
+from pipeline.errors import SourceError
+from pipeline.sharding import Shard
+
+INDEX_NAME = "model.safetensors.index.json"
+
+# Written anew for the output, so never copied.
+_REPLACED = {"config.json", "hf_quant_config.json", INDEX_NAME}
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+)
+_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint. Threads may read from one `Source` at the same time.
+
+    Attributes:
+        directory: Where it lies.
+        config: The parsed config.json.
+        tensors: Every tensor by name, in the order of the files.
+        small_files: Relative path to absolute path of everything else that a published checkpoint
+            carries along (tokenizer, generation config, remote code).
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    small_files: dict[str, Path]
+    _files: _OpenFiles
+
+    def read(self, name: str, shard: Shard | None = None) -> torch.Tensor:
+        """One tensor, or exactly the part of it that `shard` describes, in the source's dtype.
+
+        Raises:
+            SourceError: No such tensor, a shard that does not fit it, or the file ended early.
+        """
+        info = self._info(name)
+        return read_shard(self._files.descriptor(info.path), info, shard)
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of one tensor, read into memory.
+
+        To copy a tensor into a file, give its `TensorInfo` to `write_safetensors` instead: that
+        copies it piece by piece.
+        """
+        info = self._info(name)
+        flat = dataclasses.replace(info, dtype="U8", shape=(info.nbytes,))
+        tensor = read_shard(self._files.descriptor(info.path), flat, None)
+        return memoryview(tensor.numpy())
+
+    def close(self) -> None:
+        """Closes the files; a later read opens them again."""
+        self._files.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise SourceError(
+                f"{self.directory}: {name}", value="no such tensor", rule="must be present"
+            )
+        return info
+
+
+class _OpenFiles:
+    """Descriptors by path, opened on first use; `os.preadv` needs no lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+
+    def descriptor(self, path: Path) -> int:
+        """An open descriptor of `path`."""
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def open_source(path_or_hub_id: str | Path) -> Source:
+    """Opens a checkpoint: a directory, a Hub id, or `demo` for the packaged model.
+
+    Raises:
+        SourceError: Not found, or its files contradict each other.
+    """
+    directory = locate(path_or_hub_id)
+    config = read_json(directory / "config.json", "a checkpoint directory has one")
+    return Source(
+        directory=directory,
+        config=config,
+        tensors=read_tensors(directory),
+        small_files=find_small_files(directory),
+        _files=_OpenFiles(),
+    )
+
+
+def read_json(path: Path, rule: str) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+        SourceError: Missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise SourceError(str(path), value=problem.strerror, rule=rule) from problem
+    except ValueError as problem:
+        raise SourceError(
+            str(path), value=f"invalid JSON ({problem})", rule=rule, remedy="fetch the file again"
+        ) from problem
+    if not isinstance(value, dict):
+        raise SourceError(str(path), value=type(value).__name__, rule="must be a JSON object")
+    return value
+
+
+def read_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """The tensors of all safetensors files of a directory, checked against its index.
+
+    Raises:
+        SourceError: A file is missing or corrupt, a tensor is in two files, or the index and
+            the headers disagree.
+    """
+    index = directory / INDEX_NAME
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    weight_map: dict[str, str] | None = None
+    if index.is_file():
+        weight_map = _read_weight_map(index)
+        absent = sorted(set(weight_map.values()) - set(files))
+        if absent:
+            raise SourceError(
+                str(index),
+                value=f"{len(absent)} files that do not exist: {first_five(absent)}",
+                rule="every file of the index must be in the directory",
+                remedy="fetch the missing files",
+            )
+        files = sorted(set(weight_map.values()))
+    if not files:
+        raise SourceError(
+            str(directory),
+            value="no .safetensors file",
+            rule="the weights must be safetensors (model.safetensors, or shards with an index)",
+            remedy="convert .bin or .pt weights with transformers' save_pretrained first",
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        for info in read_header(directory / name).values():
+            if info.name in tensors:
+                raise SourceError(
+                    info.name,
+                    value=f"in {tensors[info.name].path} and in {info.path}",
+                    rule="a tensor must be in one file",
+                    remedy="remove the file that does not belong to this checkpoint",
+                )
+            tensors[info.name] = info
+    if weight_map is not None:
+        _check_index(index, weight_map, tensors)
+    return tensors
+
+
+def find_small_files(directory: Path) -> dict[str, Path]:
+    """Relative to absolute path of every file that is neither weights nor written anew."""
+    found: dict[str, Path] = {}
+    for root, directories, names in os.walk(directory, followlinks=True):
+        directories[:] = sorted(set(directories) - _SKIPPED_DIRECTORIES)
+        for name in sorted(names):
+            path = Path(root) / name
+            relative = path.relative_to(directory).as_posix()
+            if relative not in _REPLACED and not name.endswith(_WEIGHT_SUFFIXES):
+                found[relative] = path
+    return found
+
+
+def first_five(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    rest = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index, "an index must be readable").get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    ):
+        raise SourceError(
+            str(index),
+            value="no usable weight_map",
+            rule="an index maps tensor names to file names of its own directory",
+            remedy="fetch the index again, or remove it: shards are also read without one",
+        )
+    return dict(weight_map)
+
+
+def _check_index(
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> None:
+    wrong = [
+        f"{name} in {file}"
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].path.name != file
+    ]
+    if wrong:
+        raise SourceError(
+            str(index),
+            value=f"{len(wrong)} tensors that their files lack: {first_five(wrong)}",
+            rule="every tensor of the index must be in the file that the index names",
+            remedy="fetch the files and the index again; they belong to different versions",
+        )
+    extra = [name for name in tensors if name not in weight_map]
+    if extra:
+        raise SourceError(
+            str(index),
+            value=f"{len(extra)} tensors that the index lacks: {first_five(extra)}",
+            rule="every tensor of the files must be in the index",
+            remedy="fetch the files and the index again; they belong to different versions",
+        )

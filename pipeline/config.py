@@ -1,0 +1,227 @@
+"""The schemas of the three commands, and the rules between their fields.
+
+In: Hydra's composed configuration. Out: plain dataclasses; below the entry points nothing knows
+OmegaConf. `recipe`, `model` and `data` are names or paths that are looked up, not Hydra groups, so
+that any Model Optimizer recipe, any checkpoint and any file can stand there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from pipeline.calibration.data import DataSource
+from pipeline.errors import ConfigError
+from pipeline.sharding import ParallelDims
+
+
+class ComputeDtype(Enum):
+    """Dtype of the calibration forward pass; `auto` is float32 on CPU and bfloat16 on a GPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(Enum):
+    """Where the sweep runs; `auto` takes the GPU where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class PlanOutput(Enum):
+    """How `launch.plan` answers."""
+
+    table = "table"
+    json = "json"
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism. `world` is given by the launcher; only `launch.plan` reads it here."""
+
+    tp: int = 1
+    ep: int | None = None
+    etp: int = 1
+    world: int | None = None
+
+    def dims(self, world: int, experts: int) -> ParallelDims:
+        """The rank grid; `ep=null` takes the largest degree that divides ranks and experts.
+
+        Raises:
+            LayoutError: The degrees do not multiply to the number of ranks.
+        """
+        ep = self.ep
+        if ep is None:
+            ep = math.gcd(world // self.etp, experts) if experts and self.etp > 0 else 1
+        return ParallelDims(world=world, tp=self.tp, ep=max(ep, 1), etp=self.etp)
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig:
+    """How much text runs through the model, and how it is cut."""
+
+    num_sequences: int = 512
+    seq_len: int = 4096
+    micro_batch: int = 1
+    seed: int = 0
+    loss_sequences: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks each number on its own."""
+        for item, least in (
+            ("num_sequences", 1),
+            ("seq_len", 2),
+            ("micro_batch", 1),
+            ("loss_sequences", 1),
+        ):
+            if getattr(self, item) < least:
+                raise ConfigError(
+                    f"calibration.{item}",
+                    value=getattr(self, item),
+                    rule=f"must be at least {least}",
+                    remedy="raise it",
+                )
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """Options of `launch.calibrate`; each is explained in conf/calibrate.yaml."""
+
+    checkpoint: str = MISSING
+    output: str = MISSING
+    recipe: str = MISSING
+    data: Any = "demo"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+    device: Device = Device.auto
+    cast: bool = False
+    allow_bad_loss: bool = False
+    clamp_kv_scales: bool = True
+    unobserved_input_scale: float | None = None
+    compare_to_max: bool = True
+    max_shard_gb: float = 10.0
+    timeout_minutes: int = 60
+    progress_seconds: float = 5.0
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks numbers that stand alone."""
+        scale = self.unobserved_input_scale
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ConfigError(
+                "unobserved_input_scale",
+                value=scale,
+                rule="must be a positive finite number",
+                remedy="leave it out to refuse projections that no token reached",
+            )
+        for name in ("max_shard_gb", "timeout_minutes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    name, value=getattr(self, name), rule="must be positive", remedy="raise it"
+                )
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """Options of `launch.plan`; each is explained in conf/plan.yaml."""
+
+    checkpoint: str | None = None
+    model: str | None = None
+    recipe: str = MISSING
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute_dtype: ComputeDtype = ComputeDtype.bfloat16
+    cast: bool = False
+    output: PlanOutput = PlanOutput.table
+
+    def __post_init__(self) -> None:
+        """Exactly one of checkpoint and model says what to plan."""
+        if (self.checkpoint is None) == (self.model is None):
+            raise ConfigError(
+                "checkpoint, model",
+                value=f"checkpoint={self.checkpoint} model={self.model}",
+                rule="exactly one of them says what to plan",
+                remedy="checkpoint=DIR for a checkpoint, model=NAME for a known shape "
+                "(see conf/model/)",
+            )
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """Options of `launch.verify`; each is explained in conf/verify.yaml."""
+
+    directory: str = MISSING
+    source: str | None = None
+    output: PlanOutput = PlanOutput.table
+
+
+SCHEMAS = {"calibrate": CalibrateConfig, "plan": PlanConfig, "verify": VerifyConfig}
+
+
+def register_schemas() -> None:
+    """Tells Hydra the schemas, under the names that the defaults lists of conf/ use."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+
+
+def to_dataclass(config: DictConfig) -> Any:
+    """The dataclass behind a composed configuration.
+
+    Raises:
+        ConfigError: A mandatory option is missing.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(
+            ", ".join(missing),
+            value="nothing",
+            rule="these options are mandatory",
+            remedy="give them on the command line as " + " ".join(f"{key}=..." for key in missing),
+        )
+    return OmegaConf.to_object(config)
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The resolved configuration, to be saved beside the checkpoint."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+
+def data_sources(data: Any, presets: Path) -> list[DataSource]:
+    """Reads `data`: a name, a path, or a list of these or of mappings with weights.
+
+    Args:
+        data: What the user wrote.
+        presets: Directory of named data mixtures (conf/data).
+
+    Raises:
+        ConfigError: Something else than a string, a mapping or a list of them.
+    """
+    if isinstance(data, str) and (preset := presets / f"{data}.yaml").is_file():
+        data = OmegaConf.to_container(OmegaConf.load(preset), resolve=True)["sources"]
+    items = data if isinstance(data, list) else [data]
+    sources = []
+    for item in items:
+        known = {f.name for f in fields(DataSource)}
+        if isinstance(item, str):
+            sources.append(DataSource(path=item))
+        elif isinstance(item, dict) and set(item) <= known and "path" in item:
+            sources.append(DataSource(**item))
+        else:
+            raise ConfigError(
+                "data",
+                value=repr(item),
+                rule=f"a source is a path, or a mapping of path and {sorted(known - {'path'})}",
+                remedy="data=FILE or data='[{path: A.jsonl, weight: 2}, {path: B.jsonl}]'",
+            )
+    return sources

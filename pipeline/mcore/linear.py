@@ -1,0 +1,86 @@
+"""Linears over the tensor-parallel group, from megatron, and the two-layer networks made of them.
+
+In: activations [seq/tp, batch, K] (sequence parallel where tp > 1). Out: column-parallel linears
+give all positions and this rank's part of the columns; row-parallel ones take that and give back
+[seq/tp, batch, N].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from pipeline.mcore.tap import Probe
+
+
+def column_parallel(
+    inputs: int, outputs: int, config: TransformerConfig, tp_group: Any, *, bias: bool
+) -> nn.Module:
+    """Megatron's column-parallel linear; returns (output, None) when called."""
+    linear: nn.Module = ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.init_method,
+        bias=bias,
+        gather_output=False,
+        tp_group=tp_group,
+    )
+    return linear
+
+
+def row_parallel(
+    inputs: int, outputs: int, config: TransformerConfig, tp_group: Any, *, bias: bool
+) -> nn.Module:
+    """Megatron's row-parallel linear; adds its bias once, after the reduction."""
+    linear: nn.Module = RowParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=tp_group,
+    )
+    return linear
+
+
+class FeedForward(nn.Module):
+    """`down_proj(relu(up_proj(x))**2)`: MLP layers and shared experts.
+
+    Megatron's MLP and SharedExpertMLP would do, but the latter asserts against biases.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        bias: bool,
+        probe: Probe,
+        prefix: str = "",
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        gate: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        assert not gate, "Nemotron-H does not gate its shared experts"
+        hidden, tp_group = config.hidden_size, pg_collection.tp
+        self.up_proj = column_parallel(hidden, width, config, tp_group, bias=bias)
+        self.down_proj = row_parallel(width, hidden, config, tp_group, bias=bias)
+        probe.watch_input(self.up_proj, f"{prefix}up_proj")
+        probe.watch_input(self.down_proj, f"{prefix}down_proj")
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[seq/tp, batch, hidden] to the same."""
+        up, _ = self.up_proj(hidden)
+        down, _ = self.down_proj(F.relu(up).square_())
+        output: torch.Tensor = down
+        return output

@@ -1,0 +1,56 @@
+"""How observers see what flows through a slot.
+
+In: a `Tap` handed to `Slot.forward`. Out: its methods are called with the inputs of every
+projection that a recipe may quantize, with the cached keys and values, and with the routing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Tap(Protocol):
+    """Receives what a layer computes; must not change it."""
+
+    def activation(self, projection: str, x: torch.Tensor) -> None:
+        """Input [..., K] of a projection, or the keys or values as they would be cached.
+
+        Names: in_proj, out_proj; qkv, o_proj, k_cache, v_cache; fc1_latent_proj, fc2_latent_proj,
+        shared_experts.up_proj, shared_experts.down_proj, experts.up_proj, experts.down_proj;
+        up_proj, down_proj.
+        """
+
+    def routing(self, routing_map: torch.Tensor) -> None:
+        """Bool [tokens, n_routed_experts] of this rank's own tokens; row = position * batch + b."""
+
+
+class Probe:
+    """The place where a slot's modules report; silent while no tap is set."""
+
+    def __init__(self) -> None:
+        self.tap: Tap | None = None
+
+    def activation(self, projection: str, x: torch.Tensor) -> None:
+        """Passes `x` on to the tap."""
+        if self.tap is not None:
+            self.tap.activation(projection, x)
+
+    def watch_input(self, module: nn.Module, projection: str) -> None:
+        """Reports the first argument of every call of `module`."""
+
+        def report(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.activation(projection, args[0])
+
+        module.register_forward_pre_hook(report)
+
+    def watch_routing(self, router: nn.Module) -> None:
+        """Reports the routing map that `router` returns as its second value."""
+
+        def report(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
+            if self.tap is not None:
+                self.tap.routing(output[1])
+
+        router.register_forward_hook(report)

@@ -1,0 +1,302 @@
+"""The plan: formats, bytes, effective bits, memory per rank and refusals, before anything is read.
+
+In: a `Job` and the calibration size. Out: a `Plan`, plain numbers. Pure arithmetic: it needs no
+GPU and no weights, and the finished checkpoint must weigh exactly what it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from pipeline.architecture import LayerType, TensorSpec, layer_tensors
+from pipeline.errors import LayersweepError
+from pipeline.job import Job, find_refusals
+from pipeline.nvfp4.formats import BLOCK_SIZE, Format
+from pipeline.recipe import ModuleFormat
+from pipeline.schedule import EXPERT_PROJECTIONS, LayerSchedule, expert_owner, packs_expert
+from pipeline.sharding import shard_of
+
+SCALAR_BYTES = 4
+HOPPER_K = 64
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Tensors of one role that get the same format."""
+
+    role: str
+    format: str
+    method: str
+    activations: str
+    layers: int
+    tensors: int
+    parameters: int
+    source_bytes: int
+    stored_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RankPlan:
+    """What one rank holds, reads and writes, in GB (10^9 bytes)."""
+
+    rank: int
+    slot_gb: float
+    read_ahead_gb: float
+    hidden_gb: float
+    reads_gb: float
+    writes_gb: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The whole answer of `launch.plan`."""
+
+    recipe: str
+    layout: str
+    layers: dict[str, int]
+    parameters: int
+    bf16_bytes: int
+    quantized_bytes: int
+    effective_bits: float
+    needs_forward: bool
+    kv_cache: str
+    files: int
+    groups: list[GroupPlan]
+    per_rank: list[RankPlan]
+    unmatched_patterns: list[str]
+    notes: list[str]
+    refusals: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping with sizes in GB, for scripts."""
+        values = dataclasses.asdict(self)
+        values["bf16_gb"] = self.bf16_bytes / GB
+        values["quantized_gb"] = self.quantized_bytes / GB
+        return values
+
+
+def make_plan(
+    job: Job,
+    *,
+    num_sequences: int,
+    seq_len: int,
+    compute_bytes: int,
+    extra_refusals: list[LayersweepError] | None = None,
+) -> Plan:
+    """Plans one job.
+
+    Args:
+        job: What was decided.
+        num_sequences: Calibration sequences in all.
+        seq_len: Tokens of each.
+        compute_bytes: Bytes per element of the compute dtype.
+        extra_refusals: What was already found wrong with the source.
+    """
+    refusals = [*(extra_refusals or []), *find_refusals(job, seq_len)]
+    groups = _groups(job)
+    parameters = sum(group.parameters for group in groups)
+    bits = sum(group.parameters * _bits(job, group) for group in groups)
+    writes = written_bytes(job)
+    layout_ok = not any(type(error).__name__ == "LayoutError" for error in refusals)
+    tokens = (num_sequences, seq_len) if job.resolution.needs_forward else (0, 0)
+    per_rank = _per_rank(job, writes, tokens, compute_bytes) if layout_ok else []
+    return Plan(
+        recipe=job.recipe.name,
+        layout=job.dims.describe(),
+        layers={kind.value: len(job.architecture.layers_of(kind)) for kind in LayerType},
+        parameters=parameters,
+        bf16_bytes=sum(tensor.nbytes for tensor in job.stored.values()),
+        quantized_bytes=sum(writes) + scalar_bytes(job),
+        effective_bits=bits / parameters,
+        needs_forward=job.resolution.needs_forward,
+        kv_cache=_kv_cache(job),
+        files=_files(job),
+        groups=groups,
+        per_rank=per_rank,
+        unmatched_patterns=job.resolution.unmatched_patterns,
+        notes=_notes(job),
+        refusals=[str(error) for error in refusals],
+    )
+
+
+def packed_bytes(spec: TensorSpec, module_format: ModuleFormat) -> int:
+    """Bytes of a quantized weight with its own scales (not the activation scalars)."""
+    if module_format.weight_format is Format.fp8:
+        return spec.parameters + SCALAR_BYTES
+    return spec.parameters // 2 + spec.parameters // BLOCK_SIZE + SCALAR_BYTES
+
+
+def scalar_bytes(job: Job) -> int:
+    """Bytes of all activation scalars: input_scale, k_scale and v_scale."""
+    inputs = sum(
+        1
+        for module_format in job.resolution.formats.values()
+        if module_format.is_quantized and module_format.input_format is not None
+    )
+    return SCALAR_BYTES * (inputs + 2 * len(job.resolution.kv))
+
+
+def written_bytes(job: Job) -> list[int]:
+    """Bytes of tensors that each rank writes (without the activation scalars)."""
+    written = [0] * job.dims.world
+    for schedule in job.schedules:
+        for rank, size in enumerate(layer_written_bytes(job, schedule)):
+            written[rank] += size
+    for name, rank in job.outer:
+        written[rank] += job.stored[name].nbytes
+    return written
+
+
+def layer_written_bytes(job: Job, schedule: LayerSchedule) -> list[int]:
+    """Bytes of one layer's tensors that each rank writes."""
+    dims = job.dims
+    written = [0] * dims.world
+    for spec, rank in schedule.copies:
+        written[rank] += job.stored[spec.name].nbytes
+    for item in schedule.dense:
+        rank = item.owner + dims.tp * item.replica
+        written[rank] += packed_bytes(item.spec, item.module_format)
+    if schedule.experts:
+        local = job.architecture.n_routed_experts // dims.ep
+        per_expert = sum(
+            packed_bytes(_expert_spec(job, schedule.layer, projection), module_format)
+            for projection, module_format in schedule.experts.items()
+        )
+        for rank in range(dims.world):
+            at = dims.coordinates(rank)
+            mine = sum(
+                packs_expert(e, at, dims) and expert_owner(e, dims) == at.etp_rank
+                for e in range(local)
+            )
+            written[rank] += mine * per_expert
+    return written
+
+
+def _expert_spec(job: Job, layer: int, projection: str) -> TensorSpec:
+    specs = layer_tensors(job.architecture, layer)
+    return specs[-2 + EXPERT_PROJECTIONS.index(projection)]
+
+
+def _groups(job: Job) -> list[GroupPlan]:
+    """One row per role and format, in model order, what is copied last."""
+    rows: dict[tuple[str, str, str, str], list[Any]] = {}
+    for spec in job.specs:
+        stored = job.stored[spec.name]
+        module_format = job.resolution.formats.get(spec.module) if spec.is_linear_weight else None
+        key = (spec.role.value, *_describe(module_format, stored.dtype))
+        size = stored.nbytes
+        if module_format is not None and module_format.is_quantized:
+            size = packed_bytes(spec, module_format)
+        _add(rows, key, spec.layer, spec.parameters, stored.nbytes, size)
+    for name, stored in job.stored.items():
+        if name.startswith("mtp."):
+            key = ("mtp", stored.dtype.lower(), "", "")
+            _add(rows, key, None, stored.parameters, stored.nbytes, stored.nbytes)
+    return [
+        GroupPlan(*key, len(layers), tensors, parameters, source, stored_bytes)
+        for key, (layers, tensors, parameters, source, stored_bytes) in rows.items()
+    ]
+
+
+def _add(
+    rows: dict[tuple[str, str, str, str], list[Any]],
+    key: tuple[str, str, str, str],
+    layer: int | None,
+    parameters: int,
+    source_bytes: int,
+    stored_bytes: int,
+) -> None:
+    row = rows.setdefault(key, [set(), 0, 0, 0, 0])
+    if layer is not None:
+        row[0].add(layer)
+    for index, value in enumerate((1, parameters, source_bytes, stored_bytes), start=1):
+        row[index] += value
+
+
+def _describe(module_format: ModuleFormat | None, dtype: str) -> tuple[str, str, str]:
+    """Format, method and activations of a group, as the table shows them."""
+    if module_format is None or not module_format.is_quantized:
+        return dtype.lower(), "", ""
+    if module_format.weight_method is not None:
+        method = module_format.weight_method.value
+    else:
+        method = "mse" if module_format.fp8_multipliers else "max"
+    inputs = "16-bit"
+    if module_format.input_format is not None:
+        inputs = module_format.input_format.value
+        if module_format.constant_input_amax is not None:
+            inputs += " (constant)"
+    return module_format.weight_format.value, method, inputs
+
+
+def _bits(job: Job, group: GroupPlan) -> float:
+    """Stored weight bits per parameter: NVFP4 counts 4.5, FP8 8, the rest as stored."""
+    fixed = {"nvfp4": 4 + 8 / BLOCK_SIZE, "fp8": 8.0}
+    return fixed.get(group.format, 8 * group.source_bytes / group.parameters)
+
+
+def _kv_cache(job: Job) -> str:
+    if not job.resolution.kv:
+        return "16-bit"
+    constant = {kv.constant_amax for kv in job.resolution.kv.values()} - {None}
+    return "fp8 (constant)" if constant else "fp8 (calibrated)"
+
+
+def _files(job: Job) -> int:
+    """Shard files if every rank writes one per layer that it has tensors of."""
+    files = sum(sum(size > 0 for size in layer_written_bytes(job, s)) for s in job.schedules)
+    return files + len({rank for _, rank in job.outer}) + (scalar_bytes(job) > 0)
+
+
+def _per_rank(
+    job: Job, writes: list[int], tokens: tuple[int, int], compute_bytes: int
+) -> list[RankPlan]:
+    architecture, dims = job.architecture, job.dims
+    sequences = math.ceil(tokens[0] / dims.dp)
+    hidden = sequences * tokens[1] // dims.tp * architecture.hidden_size * compute_bytes
+    plans = []
+    for rank in range(dims.world):
+        slots, reads, largest = 0, 0, 0
+        for kind in LayerType:
+            layers = architecture.layers_of(kind)
+            if not layers:
+                continue
+            local_parameters, local_bytes = 0, 0
+            for spec in layer_tensors(architecture, layers[0]):
+                shard = shard_of(spec, architecture, dims, rank)
+                if shard is not None:
+                    local_parameters += math.prod(shard.shape)
+                    stored = job.stored[spec.name]
+                    local_bytes += math.prod(shard.shape) * stored.nbytes // stored.parameters
+            slots += local_parameters * compute_bytes
+            reads += local_bytes * len(layers)
+            largest = max(largest, local_bytes)
+        reads += sum(
+            job.stored[spec.name].nbytes
+            for schedule in job.schedules
+            for spec, at in schedule.copies
+            if at == rank
+        )
+        reads += sum(job.stored[name].nbytes for name, at in job.outer if at == rank)
+        sizes = (slots, largest, hidden, reads, writes[rank])
+        plans.append(RankPlan(rank, *(size / GB for size in sizes)))
+    return plans
+
+
+def _notes(job: Job) -> list[str]:
+    """What works but should be known before it is served."""
+    narrow: dict[str, str] = {}
+    for spec in job.specs:
+        module_format = job.resolution.formats.get(spec.module)
+        if module_format is None or module_format.weight_format is not Format.nvfp4:
+            continue
+        if spec.is_linear_weight and spec.shape[1] % HOPPER_K:
+            kind = ".".join(part for part in spec.module.split(".") if not part.isdigit())
+            narrow.setdefault(kind, f"{spec.module} has in_features {spec.shape[1]}")
+    return [
+        f"{text}: not a multiple of {HOPPER_K}, so Hopper (Marlin) cannot serve it"
+        for text in narrow.values()
+    ]

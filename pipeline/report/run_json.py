@@ -1,0 +1,93 @@
+"""`run.json`: the whole report as one JSON file, for scripts and for later comparison.
+
+In: a `RunReport`. Out: a file that appears by one rename, and the same record read back. A
+`summary` (verdict, totals by kind) is written for scripts and ignored on reading. JSON has no NaN
+or Inf: they are written as null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.errors import OutputError
+from pipeline.report.records import ExpertCoverage, KindReport, KVAmax, LayerReport, RunReport
+from pipeline.report.summary import summarize_kinds, verdict
+
+SCHEMA = 1
+
+
+def write_run_json(report: RunReport, path: Path) -> None:
+    """Write the report, replacing an older file in one step."""
+    kinds = [dataclasses.asdict(kind) for kind in summarize_kinds(report)]
+    content = {
+        "schema": SCHEMA,
+        "summary": {"verdict": verdict(report), "kinds": kinds},
+        **dataclasses.asdict(report),
+    }
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(finite(content), file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_run_json(path: Path) -> RunReport:
+    """Read a report back.
+
+    Raises:
+        OutputError: The file is missing, is not JSON, or has another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema = content.pop("schema")
+        if schema != SCHEMA:
+            raise OutputError(
+                str(path),
+                value=f"schema {schema}",
+                rule=f"this version reads schema {SCHEMA}",
+                remedy="read it with the version that wrote it",
+            )
+        content.pop("summary", None)
+        for layer in content["layers"]:
+            layer["kinds"] = [_build(KindReport, kind) for kind in layer["kinds"]]
+        content["layers"] = [_build(LayerReport, layer) for layer in content["layers"]]
+        content["outside"] = [_build(KindReport, kind) for kind in content["outside"]]
+        content["coverage"] = [_build(ExpertCoverage, item) for item in content["coverage"]]
+        content["kv_amax"] = [_build(KVAmax, item) for item in content["kv_amax"]]
+        return _build(RunReport, content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            str(path),
+            value=f"{type(error).__name__}: {error}",
+            rule="run.json is what a run wrote at its end",
+            remedy="run again, or point to the directory of a finished run",
+        ) from error
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON-like value with every NaN and Inf replaced by None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _build[Record](record: type[Record], content: dict[str, Any]) -> Record:
+    """Build a record; null in a field that is a plain float was NaN or Inf."""
+    fields = dataclasses.fields(cast(Any, record))
+    floats = {field.name for field in fields if field.type == "float"}
+    values: dict[str, Any] = {
+        name: math.nan if value is None and name in floats else value
+        for name, value in content.items()
+    }
+    return record(**values)

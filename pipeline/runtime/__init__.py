@@ -1,0 +1,1 @@
+"""What the ranks share at run time: collectives, logging, progress."""

@@ -1,0 +1,1 @@
+"""Tests of Layersweep (a package, so that helpers are imported as tests.distributed.helpers)."""
