@@ -46,7 +46,7 @@ class PlanOutput(Enum):
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Degrees of parallelism. `world` is given by the launcher; only `launch.plan` reads it here."""
+    """Degrees of parallelism; `world` comes from the launcher, only `launch.plan` reads it here."""
 
     tp: int = 1
     ep: int | None = None
@@ -94,7 +94,7 @@ class CalibrationConfig:
 
 @dataclass(kw_only=True)
 class CalibrateConfig:
-    """Options of `launch.calibrate`; each is explained in conf/calibrate.yaml."""
+    """Options of `launch.calibrate`; each is explained in conf/job/calibrate.yaml."""
 
     checkpoint: str = MISSING
     output: str = MISSING
@@ -133,7 +133,7 @@ class CalibrateConfig:
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """Options of `launch.plan`; each is explained in conf/plan.yaml."""
+    """Options of `launch.plan`; each is explained in conf/job/plan.yaml."""
 
     checkpoint: str | None = None
     model: str | None = None
@@ -158,10 +158,11 @@ class PlanConfig:
 
 @dataclass(kw_only=True)
 class VerifyConfig:
-    """Options of `launch.verify`; each is explained in conf/verify.yaml."""
+    """Options of `launch.verify`; each is explained in conf/job/verify.yaml."""
 
     directory: str = MISSING
     source: str | None = None
+    hopper: bool = False
     output: PlanOutput = PlanOutput.table
 
 
@@ -197,6 +198,13 @@ def to_yaml(config: DictConfig) -> str:
     return OmegaConf.to_yaml(config, resolve=True)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain values."""
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    assert isinstance(values, dict), path
+    return {str(key): value for key, value in values.items()}
+
+
 def data_sources(data: Any, presets: Path) -> list[DataSource]:
     """Reads `data`: a name, a path, or a list of these or of mappings with weights.
 
@@ -208,7 +216,7 @@ def data_sources(data: Any, presets: Path) -> list[DataSource]:
         ConfigError: Something else than a string, a mapping or a list of them.
     """
     if isinstance(data, str) and (preset := presets / f"{data}.yaml").is_file():
-        data = OmegaConf.to_container(OmegaConf.load(preset), resolve=True)["sources"]
+        data = read_yaml(preset)["sources"]
     items = data if isinstance(data, list) else [data]
     sources = []
     for item in items:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 
 from pipeline.architecture import Architecture, TensorSpec, expected_tensors, mtp_tensors
-from pipeline.errors import LayoutError, LayersweepError, RecipeError
+from pipeline.errors import LayersweepError, LayoutError, RecipeError
 from pipeline.nvfp4.formats import BLOCK_SIZE, Format
 from pipeline.recipe import Recipe, Resolution, modules_of, resolve
 from pipeline.schedule import LayerSchedule, schedule_layers, spread

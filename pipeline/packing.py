@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 
@@ -37,6 +36,7 @@ from pipeline.schedule import (
     tap_of,
 )
 from pipeline.sharding import ParallelDims, Shard, shard_of
+from pipeline.weights import LayerWeights
 
 STATISTICS = (
     "squared_error",
@@ -47,16 +47,6 @@ STATISTICS = (
     "blocks_m4",
     "blocks_flushed",
 )
-
-
-class LayerWeights(Protocol):
-    """Where the shards of one layer lie: a slot, or buffers filled straight from the source."""
-
-    def weight(self, name: str) -> torch.Tensor:
-        """Local shard [N, K] of a dense tensor."""
-
-    def experts(self, projection: str) -> tuple[torch.Tensor, int]:
-        """Local experts [E, N, K] of `up_proj` or `down_proj`, and the index of the first."""
 
 
 @dataclasses.dataclass
@@ -106,30 +96,31 @@ class LayerPacker:
     def _pack_dense(
         self, schedule: LayerSchedule, weights: LayerWeights, packed: PackedLayer
     ) -> None:
-        items, tp = schedule.dense, self.ranks.tp
+        at = self.dims.coordinates(self.ranks.rank)
+        items = [item for item in schedule.dense if item.replica == at.dp_rank]
+        if not items:
+            return
         shards = [self._shard(item.spec) for item in items]
         local = [weights.weight(item.spec.name) for item in items]
-        amax = reduce_max(torch.stack([tensor_amax(weight) for weight in local]), tp).cpu()
+        amax = torch.stack([tensor_amax(weight) for weight in local])
+        amax = reduce_max(amax, self.ranks.tp).cpu()
         for item, value in zip(items, amax, strict=True):
             self._check_finite(item.spec.name, value)
         amax = _share_in_fused_groups(items, amax)
         amax = self._choose_dense_fp8(items, shards, local, amax)
-        at = self.dims.coordinates(self.ranks.rank)
         for item, shard, weight, value in zip(items, shards, local, amax, strict=True):
-            if item.replica != at.dp_rank:
-                continue
             if shard.is_whole and item.owner != at.tp_rank:
                 continue  # replicated over TP: the owner packs it alone
-            parts = _quantize(weight, value.to(weight.device), item.module_format)
+            value = value.to(weight.device)
+            parts = _quantize(weight, value, item.module_format)
             if shard.is_whole or shard.counted:
-                packed.statistics[item.spec.name] = self._measure(
-                    weight, value.to(weight.device), parts, item.module_format
-                )[0]
+                measured = self._measure(weight, value, parts, item.module_format)
+                packed.statistics[item.spec.name] = measured[0]
             self._assemble(item, shard, parts, packed)
 
     def _choose_dense_fp8(
         self,
-        items: tuple[DenseItem, ...],
+        items: list[DenseItem],
         shards: list[Shard],
         local: list[torch.Tensor],
         amax: torch.Tensor,
@@ -195,35 +186,36 @@ class LayerPacker:
         packed: PackedLayer,
     ) -> None:
         module_format = schedule.experts[projection]
-        stack, first = weights.experts(projection)
+        at = self.dims.coordinates(self.ranks.rank)
+        count = self.architecture.n_routed_experts // self.dims.ep
+        first = count * at.ep_rank
+        mine = [e for e in range(count) if packs_expert(e, at, self.dims)]
+        if not mine:
+            return
         prefix = f"backbone.layers.{schedule.layer}.mixer.experts"
+        names = [f"{prefix}.{first + e}.{projection}" for e in mine]
+        stack = weights.experts(projection, mine)
         amax = reduce_max(tensor_amax(stack), self.ranks.etp)
-        for local, value in enumerate(amax.tolist()):
-            self._check_finite(f"{prefix}.{first + local}.{projection}.weight", torch.tensor(value))
+        for name, value in zip(names, amax.cpu(), strict=True):
+            self._check_finite(f"{name}.weight", value)
         if module_format.fp8_multipliers:
             errors = fp8_squared_errors(stack, amax, module_format.fp8_multipliers)
             errors = reduce_sum(errors, self.ranks.etp)
             amax = choose_fp8_amax(amax, errors, module_format.fp8_multipliers)
-        at = self.dims.coordinates(self.ranks.rank)
         for owner in range(self.dims.etp):
-            mine = [
-                e
-                for e in range(stack.shape[0])
-                if packs_expert(e, at, self.dims) and expert_owner(e, self.dims) == owner
-            ]
-            if not mine:
+            chosen = [i for i, e in enumerate(mine) if expert_owner(e, self.dims) == owner]
+            if not chosen:
                 continue
-            chosen = stack if len(mine) == stack.shape[0] else stack[mine]
-            parts = _quantize(chosen, amax[mine], module_format)
-            names = [f"{prefix}.{first + e}.{projection}" for e in mine]
-            measured = self._measure(chosen, amax[mine], parts, module_format)
-            for name, statistics in zip(names, measured, strict=True):
-                packed.statistics[f"{name}.weight"] = statistics
+            part_of_stack = stack if len(chosen) == len(mine) else stack[chosen]
+            parts = _quantize(part_of_stack, amax[chosen], module_format)
+            measured = self._measure(part_of_stack, amax[chosen], parts, module_format)
+            for i, statistics in zip(chosen, measured, strict=True):
+                packed.statistics[f"{names[i]}.weight"] = statistics
             for key, part in parts.items():
                 whole = self._join_experts(part, owner, 1 if projection == "up_proj" else 2)
                 if whole is not None:
-                    for name, tensor in zip(names, whole.unbind(0), strict=True):
-                        packed.tensors[f"{name}.{key}"] = tensor
+                    for i, tensor in zip(chosen, whole.unbind(0), strict=True):
+                        packed.tensors[f"{names[i]}.{key}"] = tensor
 
     def _join_experts(self, part: torch.Tensor, owner: int, dim: int) -> torch.Tensor | None:
         """Packed experts [E, N, K'] or scalars [E], whole, on their owner; None elsewhere."""

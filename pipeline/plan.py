@@ -186,7 +186,7 @@ def _groups(job: Job) -> list[GroupPlan]:
     for spec in job.specs:
         stored = job.stored[spec.name]
         module_format = job.resolution.formats.get(spec.module) if spec.is_linear_weight else None
-        key = (spec.role.value, *_describe(module_format, stored.dtype))
+        key = (spec.role.value, *describe_format(module_format, stored.dtype))
         size = stored.nbytes
         if module_format is not None and module_format.is_quantized:
             size = packed_bytes(spec, module_format)
@@ -216,7 +216,7 @@ def _add(
         row[index] += value
 
 
-def _describe(module_format: ModuleFormat | None, dtype: str) -> tuple[str, str, str]:
+def describe_format(module_format: ModuleFormat | None, dtype: str) -> tuple[str, str, str]:
     """Format, method and activations of a group, as the table shows them."""
     if module_format is None or not module_format.is_quantized:
         return dtype.lower(), "", ""

@@ -27,7 +27,7 @@ class DenseItem:
     Attributes:
         spec: The tensor.
         module_format: What the recipe makes of it.
-        replica: Data-parallel replica (dp_rank) that packs it.
+        replica: Data-parallel replica (dp_rank) that packs it; one for a whole fused group.
         owner: tp_rank, in that replica, that assembles and writes it.
     """
 
@@ -131,6 +131,7 @@ def _schedule_layer(
     dense: list[DenseItem] = []
     experts: dict[str, ModuleFormat] = {}
     copied: list[TensorSpec] = []
+    groups: dict[str, int] = {}
     for spec in layer_tensors(architecture, layer):
         module_format = formats.get(spec.module) if spec.is_linear_weight else None
         if module_format is None or module_format.weight_format is Format.bf16:
@@ -138,11 +139,12 @@ def _schedule_layer(
         elif spec.role is Role.routed_expert:
             experts[spec.module.rpartition(".")[2]] = module_format
         else:
-            count = len(dense)
-            dense.append(
-                DenseItem(spec, module_format, count % dims.dp, count // dims.dp % dims.tp)
-            )
+            group = groups.setdefault(tap_of(spec.module), len(groups))
+            # Turns by layer too, so that no rank always gets the first tensors.
+            owner = (layer // dims.dp + len(dense)) % dims.tp
+            dense.append(DenseItem(spec, module_format, (group + layer) % dims.dp, owner))
     ranks = spread((spec.parameters for spec in copied), dims.world)
+    ranks = [(rank + layer) % dims.world for rank in ranks]
     return LayerSchedule(
         layer,
         architecture.layers[layer],

@@ -175,7 +175,8 @@ def publish(
     write_json(work.files / INDEX_NAME, _index(named))
     if hf_quant_config is not None:
         write_json(work.files / "hf_quant_config.json", hf_quant_config)
-    write_json(work.files / "config.json", config)
+    # NVIDIA's config.json says "time_step_limit": [0.0, Infinity]; it goes out as it came in.
+    write_json(work.files / "config.json", config, allow_nan=True)
     sync_directory(work.files)
     return named
 

@@ -131,9 +131,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, *, allow_nan: bool = False) -> None:
     """Writes JSON as `write_bytes` does; refuses NaN and Inf (ValueError)."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
     write_bytes(path, text.encode() + b"\n")
 
 

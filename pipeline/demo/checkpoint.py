@@ -1,8 +1,8 @@
 """The demo checkpoint on disk: NVIDIA's config.json vocabulary and tensor names, BF16.
 
 Goes in: a training model. Comes out: `config.json`, `generation_config.json` and
-`model.safetensors`, as NVIDIA publishes a Nemotron-H (one tensor per expert, `hybrid_override_pattern`,
-gate in FP32); and back.
+`model.safetensors`, as NVIDIA publishes a Nemotron-H (one tensor per expert,
+`hybrid_override_pattern`, gate in FP32); and back.
 """
 
 import json

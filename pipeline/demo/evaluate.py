@@ -20,7 +20,6 @@ from pipeline.demo.tokenizer import BOS
 
 WINDOW_TOKENS = 256
 BATCH = 16
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,21 @@ def measure_model(
     """
     for router in model.routers().values():
         router.tokens_E.zero_()
+    vocab_size = model.config.vocab_size
     nats = mtp_nats = 0.0
     tokens = mtp_tokens = mtp_hits = 0
     for ids, targets in _batches(tokenizer, texts, window):
         with torch.no_grad():
-            logits, ahead = model.forward_with_mtp(ids)
+            if ids.shape[1] > 1:
+                logits, ahead = model.forward_with_mtp(ids)
+            else:  # one token has no token after the next
+                logits, ahead = model(ids), model.lm_head.weight.new_empty(1, 0, vocab_size)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         later = targets[:, 1:]
         mtp_nats += F.cross_entropy(ahead.flatten(0, 1), later.flatten(), reduction="sum").item()
         mtp_hits += int((ahead.argmax(-1) == later).sum())
-        tokens += int((targets != IGNORED).sum())
-        mtp_tokens += int((later != IGNORED).sum())
+        tokens += targets.numel()
+        mtp_tokens += later.numel()
     shares = {}
     for name, router in model.routers().items():
         routed_tokens = int(router.tokens_E.sum()) // model.config.num_experts_per_tok
@@ -139,9 +142,7 @@ def _batches(
         stream = torch.tensor([bos, *encoding.ids])
         for start in range(0, len(stream) - 1, window):
             part = stream[start : start + window + 1]
-            if len(part) < 3:  # too short for the token after the next: pad the targets alone
-                yield part[:1].repeat(1, 2), torch.tensor([[int(part[1]), IGNORED]])
-            elif len(part) <= window:
+            if len(part) <= window:
                 yield part[None, :-1], part[None, 1:]
             else:
                 whole.append(part)

@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to the same shape, in fp32 inside."""
-        grouped = x.float().unflatten(-1, (-1, self.group_size))
+        grouped = x.float().reshape(*x.shape[:-1], -1, self.group_size)
         normed = F.rms_norm(grouped, (self.group_size,), eps=self.eps)
         return (self.weight * normed.flatten(-2)).to(x.dtype)
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
         q, k, v = (
-            proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            torch.unflatten(proj(x_BTD), -1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -99,7 +99,7 @@ class Conv(nn.Module):
         kernel, length = self.weight.shape[-1], x_BTC.shape[1]
         padded = F.pad(x_BTC, (0, 0, kernel - 1, 0))
         taps = self.weight[:, 0].unbind(-1)
-        y = self.bias
+        y: Tensor = self.bias
         for offset, tap in enumerate(taps):
             y = y + padded[:, offset : offset + length] * tap
         return y
@@ -127,15 +127,17 @@ class Mamba(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
         config, inner = self.config, self.parts[0]
-        z, xbc, dt = self.in_proj(x_BTD).split([inner, sum(self.parts[1:4]), self.parts[4]], -1)
-        x, b, c = F.silu(self.conv1d(xbc)).split(self.parts[1:4], -1)
-        x_BTHP = x.unflatten(-1, (-1, config.mamba_head_dim)).float()
+        z, xbc, dt = torch.split(
+            self.in_proj(x_BTD), [inner, sum(self.parts[1:4]), self.parts[4]], -1
+        )
+        x, b, c = torch.split(F.silu(self.conv1d(xbc)), self.parts[1:4], -1)
+        x_BTHP = torch.unflatten(x, -1, (-1, config.mamba_head_dim)).float()
         y_BTHP = selective_scan(
             x_BTHP,
             F.softplus(dt.float() + self.dt_bias),
             -torch.exp(self.A_log),
-            b.unflatten(-1, (config.n_groups, -1)).float(),
-            c.unflatten(-1, (config.n_groups, -1)).float(),
+            torch.unflatten(b, -1, (config.n_groups, -1)).float(),
+            torch.unflatten(c, -1, (config.n_groups, -1)).float(),
             self.scan_chunk,
         )
         y = (y_BTHP + self.D[:, None] * x_BTHP).flatten(-2)
@@ -161,12 +163,13 @@ def selective_scan(
 
     def chunks(t: Tensor) -> Tensor:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
-        return t.unflatten(1, (-1, chunk))
+        return torch.unflatten(t, 1, (-1, chunk))
 
     groups, heads = b_BTGN.shape[2], x_BTHP.shape[2]
     # [B, C, G, H/G, ...]: heads of one group share b and c.
-    x = chunks(x_BTHP * dt_BTH[..., None]).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
-    decay = chunks(dt_BTH * a_H).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+    x = torch.unflatten(chunks(x_BTHP * dt_BTH[..., None]), 3, (groups, -1))
+    x = x.permute(0, 1, 3, 4, 2, 5)
+    decay = torch.unflatten(chunks(dt_BTH * a_H), 3, (groups, -1)).permute(0, 1, 3, 4, 2)
     b, c = (chunks(t).transpose(2, 3) for t in (b_BTGN, c_BTGN))  # [B, C, G, S, N]
 
     total = decay.cumsum(-1)  # [B, C, G, H/G, S]
@@ -252,7 +255,7 @@ class Experts(nn.Module):
         parts = [
             F.linear(F.relu(F.linear(part, up)).square(), down)
             for part, up, down in zip(
-                x_nL[tokens].split(counts), self.up_proj, self.down_proj, strict=True
+                torch.split(x_nL[tokens], counts), self.up_proj, self.down_proj, strict=True
             )
         ]
         weighted = torch.cat(parts) * weights_nK.flatten()[order, None]
@@ -277,7 +280,8 @@ class MoE(nn.Module):
         x = x_BTD.flatten(0, 1)
         indices, weights = self.gate(x)
         routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x), indices, weights))
-        return routed.view_as(x_BTD) + self.shared_experts(x_BTD)
+        out: Tensor = routed.view_as(x_BTD) + self.shared_experts(x_BTD)
+        return out
 
 
 def _mixer(kind: str, config: DemoConfig, scan_chunk: int) -> nn.Module:

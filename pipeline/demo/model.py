@@ -32,26 +32,35 @@ class Backbone(nn.Module):
         return out
 
 
+class MTPBlock(Block):
+    """A block of the MTP stack: the first joins state and embedding, the last norms the result."""
+
+    def __init__(self, index: int, config: DemoConfig, scan_chunk: int) -> None:
+        kinds = config.mtp_hybrid_override_pattern
+        super().__init__(kinds[index], config, scan_chunk)
+        size, eps = config.hidden_size, config.layer_norm_epsilon
+        if index == 0:
+            self.enorm, self.hnorm = RMSNorm(size, eps), RMSNorm(size, eps)
+            self.eh_proj = nn.Linear(2 * size, size, bias=False)
+        if index == len(kinds) - 1:
+            self.final_layernorm = RMSNorm(size, eps)
+
+
 class MTP(nn.Module):
     """The multi-token-prediction block: from position t's state and token t+1 to token t+2."""
 
     def __init__(self, config: DemoConfig, scan_chunk: int) -> None:
         super().__init__()
-        size, eps = config.hidden_size, config.layer_norm_epsilon
-        kinds = config.mtp_hybrid_override_pattern
-        self.layers = nn.ModuleList([Block(kind, config, scan_chunk) for kind in kinds])
-        self.layers[0].enorm = RMSNorm(size, eps)
-        self.layers[0].hnorm = RMSNorm(size, eps)
-        self.layers[0].eh_proj = nn.Linear(2 * size, size, bias=False)
-        self.layers[-1].final_layernorm = RMSNorm(size, eps)
+        depth = len(config.mtp_hybrid_override_pattern)
+        self.blocks = [MTPBlock(index, config, scan_chunk) for index in range(depth)]
+        self.layers = nn.ModuleList(self.blocks)
 
     def forward(self, hidden: Tensor, embedded_next: Tensor) -> Tensor:
         """Final hidden states and the next tokens' embeddings, both [B, T, D], to [B, T, D]."""
-        first, last = self.layers[0], self.layers[-1]
-        assert isinstance(first, Block)
+        first, last = self.blocks[0], self.blocks[-1]
         x: Tensor = first.eh_proj(torch.cat([first.enorm(embedded_next), first.hnorm(hidden)], -1))
-        for layer in self.layers:
-            x = layer(x)
+        for block in self.blocks:
+            x = block(x)
         out: Tensor = last.final_layernorm(x)
         return out
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -81,9 +82,7 @@ def list_files(split: Split, root: Path | None = None) -> list[Path]:
         DataError: The directory holds no source files (a Python shipped as bytecode or as a zip).
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    relative_paths = sorted(
-        path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_wanted(path, root)
-    )
+    relative_paths = sorted(path.relative_to(root).as_posix() for path in _walk(root))
     if not relative_paths:
         raise DataError(
             "the Python standard library's source",
@@ -117,13 +116,20 @@ def write_jsonl(split: Split, destination: Path, root: Path | None = None) -> in
     return sum(len(document.text.encode()) for document in documents)
 
 
-def _is_wanted(path: Path, root: Path) -> bool:
-    parts = path.relative_to(root).parts
-    if EXCLUDED_DIRECTORIES.intersection(parts[:-1]):
-        return False
-    if any(part.startswith(EXCLUDED_PREFIXES) for part in parts):
-        return False
-    return path.is_file() and path.stat().st_size >= SMALLEST_FILE_BYTES
+def _walk(root: Path) -> Iterator[Path]:
+    """Every source file that is wanted, in no particular order."""
+    for directory, subdirectories, names in root.walk():
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if name not in EXCLUDED_DIRECTORIES and not name.startswith(EXCLUDED_PREFIXES)
+        ]
+        for name in names:
+            path = directory / name
+            if path.suffix != ".py" or name.startswith(EXCLUDED_PREFIXES):
+                continue
+            if path.is_file() and path.stat().st_size >= SMALLEST_FILE_BYTES:
+                yield path
 
 
 def main() -> None:

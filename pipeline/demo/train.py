@@ -91,7 +91,8 @@ def training_loss(model: DemoModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def make_optimizer(model: DemoModel, learning_rate: float) -> torch.optim.AdamW:
     """AdamW; only matrices decay (not the embedding, the norms, the scan or the biases)."""
-    decaying, free = [], []
+    decaying: list[Tensor] = []
+    free: list[Tensor] = []
     for name, parameter in model.named_parameters():
         decays = parameter.dim() >= 2 and "conv1d" not in name and "embeddings" not in name
         (decaying if decays else free).append(parameter)
@@ -119,7 +120,7 @@ def train_model(model: DemoModel, stream: Tensor, options: TrainOptions) -> tupl
         loss, mtp_loss = training_loss(
             model, sample_batch(stream, options.batch, options.length, generator)
         )
-        (loss + MTP_LOSS_WEIGHT * mtp_loss).backward()
+        torch.autograd.backward(loss + MTP_LOSS_WEIGHT * mtp_loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -186,11 +187,11 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="wall-clock time of the training (25)")
     length.add_argument("--steps", type=int, help="number of steps, for a repeatable run")
-    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = vars(parser.parse_args())
     if arguments["minutes"] is None and arguments["steps"] is None:
         arguments["minutes"] = 25.0

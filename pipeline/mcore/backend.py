@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch._C._distributed_c10d import HashStore
 
 from pipeline.mcore import cpu
 from pipeline.sharding import Coordinates, ParallelDims
@@ -71,8 +72,7 @@ def start(
     if not dist.is_initialized():
         _init_world(dims.world, rank, device, timeout_s, init_method)
     assert (dist.get_world_size(), dist.get_rank()) == (dims.world, rank)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _drop_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tp,
         expert_model_parallel_size=dims.ep,
@@ -87,11 +87,22 @@ def start(
 
 def stop() -> None:
     """Ends all process groups and removes the CPU stand-ins."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _drop_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
     cpu.remove()
+
+
+def _drop_groups() -> None:
+    """Lets go of megatron's groups, those that `destroy_model_parallel` forgets included.
+
+    A gloo group that outlives this call would be destroyed later, perhaps in a forked child, where
+    its threads do not exist: the child hangs or crashes.
+    """
+    parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 def _init_world(
@@ -104,7 +115,7 @@ def _init_world(
     if world == 1 and init_method is None:
         dist.init_process_group(
             backend,
-            store=dist.HashStore(),
+            store=HashStore(),
             rank=0,
             world_size=1,
             timeout=timeout,

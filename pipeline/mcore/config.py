@@ -30,7 +30,7 @@ def transformer_config(
     if layer_type is LayerType.mamba:
         own = _mamba(a)
     elif layer_type is LayerType.moe:
-        own = _moe(a, device)
+        own = _moe(a, dims, device)
     return TransformerConfig(
         num_layers=1,
         hidden_size=a.hidden_size,
@@ -40,8 +40,6 @@ def transformer_config(
         ffn_hidden_size=max(a.intermediate_size, a.moe_intermediate_size, dims.tp),
         tensor_model_parallel_size=dims.tp,
         sequence_parallel=dims.tp > 1,
-        expert_model_parallel_size=dims.ep,
-        expert_tensor_parallel_size=dims.etp,
         normalization="RMSNorm",
         layernorm_epsilon=a.layer_norm_epsilon,
         activation_func=squared_relu,
@@ -69,13 +67,15 @@ def _mamba(a: Architecture) -> dict[str, Any]:
     }
 
 
-def _moe(a: Architecture, device: torch.device) -> dict[str, Any]:
+def _moe(a: Architecture, dims: ParallelDims, device: torch.device) -> dict[str, Any]:
     """No auxiliary loss, no capacity: every token reaches all of its experts.
 
     The latent width is not named: megatron would insist on Transformer Engine for it.
     """
     shared = a.moe_shared_expert_intermediate_size if a.has_shared_experts else None
     return {
+        "expert_model_parallel_size": dims.ep,
+        "expert_tensor_parallel_size": dims.etp,
         "num_moe_experts": a.n_routed_experts,
         "moe_router_topk": a.num_experts_per_tok,
         "moe_ffn_hidden_size": a.moe_intermediate_size,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.architecture import Architecture, LayerType
+from pipeline.mcore.attention import Attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _mamba(a: Architecture, mamba: nn.Module) -> dict[str, Place]:
     return places | {name: Place(mixer, name) for name in ("A_log", "D", "dt_bias")}
 
 
-def _attention(a: Architecture, attention: nn.Module) -> dict[str, Place]:
+def _attention(a: Architecture, attention: Attention) -> dict[str, Place]:
     qkv = attention.get_submodule("qkv_proj")
     places = _linear("o_proj", attention.get_submodule("o_proj"), a.attention_bias)
     start = 0

@@ -55,7 +55,8 @@ def keep_best_groups(choice_TE: torch.Tensor, groups: int, kept: int) -> torch.T
     worth_TG = choice_TGE.topk(2, dim=-1).values.sum(dim=-1)
     is_kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
     is_kept_TG.scatter_(1, largest(worth_TG, kept), True)
-    return choice_TGE.masked_fill(~is_kept_TG.unsqueeze(-1), -torch.inf).flatten(1)
+    kept_TGE: torch.Tensor = choice_TGE.masked_fill(~is_kept_TG.unsqueeze(-1), -torch.inf)
+    return kept_TGE.flatten(1)
 
 
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -112,9 +112,9 @@ class Slot:
         for prefix, module in (("norm", self._norm), ("mixer", self._mixer)):
             for name, tensor in module.named_parameters(prefix):
                 found[name] = tensor.detach()
-            for name, tensor in module.named_buffers(prefix):
+            for name, buffer in module.named_buffers(prefix):
                 if name.endswith(".expert_bias"):  # the router's other buffers count for training
-                    found[name] = tensor
+                    found[name] = buffer
         return found
 
     def _place(self, name: str) -> Place:
@@ -131,7 +131,7 @@ class Slot:
         """Megatron's mixer always has a convolution bias; without one in the model it is zero."""
         if self.layer_type is LayerType.mamba and not self._architecture.use_conv_bias:
             mixer = self._mixer.get_submodule("mixer")
-            bias: torch.Tensor = mixer.conv1d_bias
+            bias = mixer.get_parameter("conv1d_bias")
             bias.data.zero_()
             written[id(mixer), "conv1d_bias"] += bias.numel()
 

@@ -79,7 +79,8 @@ def scan_chunks(
 
     def chunks(tensor: torch.Tensor) -> torch.Tensor:
         padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding))
-        return padded.unflatten(1, (-1, chunk))
+        cut: torch.Tensor = padded.unflatten(1, (-1, chunk))  # type: ignore[no-untyped-call]
+        return cut
 
     B_bcqgn, C_bcqgn = chunks(B_blgn), chunks(C_blgn)
     x_bcqgrp = chunks(x_blhp * dt_blh.unsqueeze(-1)).unflatten(3, (groups, heads // groups))
@@ -103,7 +104,8 @@ def scan_chunks(
         state_bgrpn = state_bgrpn * kept_bgr[..., None, None] + added_bcgrpn[:, index]
     carried_bcqgrp = torch.einsum("bcqgn,bcgrpn->bcqgrp", C_bcqgn, torch.stack(starts, dim=1))
     y_bcqgrp = y_bcqgrp + carried_bcqgrp * total_bcgrq.exp().movedim(-1, 2)[..., None]
-    return y_bcqgrp.flatten(3, 4).flatten(1, 2)[:, :length]
+    y_blhp: torch.Tensor = y_bcqgrp.flatten(3, 4).flatten(1, 2)[:, :length]
+    return y_blhp
 
 
 def _sum_segments(log_decay: torch.Tensor) -> torch.Tensor:
@@ -114,5 +116,5 @@ def _sum_segments(log_decay: torch.Tensor) -> torch.Tensor:
     size = log_decay.shape[-1]
     ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
     terms = log_decay.unsqueeze(-1).expand(*log_decay.shape, size)
-    sums = terms.masked_fill(~ones.tril(-1), 0.0).cumsum(-2)
+    sums: torch.Tensor = terms.masked_fill(~ones.tril(-1), 0.0).cumsum(-2)
     return sums.masked_fill(~ones.tril(), -torch.inf)

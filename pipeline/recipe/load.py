@@ -85,9 +85,10 @@ def _locate(name: str, presets_dir: Path) -> tuple[str, Path | str]:
         return stem, preset.resolve()
     root = _library_root()
     shipped = stem.removeprefix("huggingface/") if "huggingface/models/" in stem else stem
-    if root is not None and (root / f"{shipped}.yaml").is_file():
-        return shipped, shipped
     path = Path(name).expanduser()
+    inside = not path.is_absolute() and ".." not in path.parts
+    if inside and root is not None and (root / f"{shipped}.yaml").is_file():
+        return shipped, shipped
     if path.exists():
         return name, path.resolve()
     known = preset_names(presets_dir) + library_names()

@@ -37,11 +37,15 @@ _ABSENT_CLASSES = re.compile(
     r"|nn\.(Conv[23]d|ConvTranspose[123]d|GRU|LSTM|RNN|LayerNorm|LeakyReLU)"
 )
 
+_Naming = Callable[[str], tuple[str, ...]]
+"""Transformers' names of a module's quantizer, by slot."""
+
 _DIGITS = re.compile(r"\d+")
 _TELLS_NUMBERS_APART = re.compile(r"[\d?\[]")
 _LETTER_CHOICE = re.compile(r"\[[A-Za-z]+\]")  # as in '*[kv]_bmm_quantizer'
 # The slots that Model Optimizer leaves off until an entry switches them on.
 _OFF_AT_FIRST = {"output_quantizer"}
+_LINEAR_SLOTS = ("weight_quantizer", "output_quantizer", "input_quantizer")
 _BMM_SLOTS = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "p_bmm_quantizer")
 
 
@@ -183,30 +187,31 @@ def _match(entry: Entry, families: list[_Family], naming: int) -> dict[int, froz
 def _families(modules: Iterable[ModuleInfo]) -> list[_Family]:
     families: dict[tuple[str, str], _Family] = {}
 
-    def add(
-        module: str, slot: str, parents: tuple[str, str], name: Callable[[str], tuple[str, ...]]
-    ) -> None:
-        key = (_DIGITS.sub("0", module), slot)
-        if key not in families:
-            families[key] = _Family(slot, parents)
-        families[key].members.append(_Member(module, (name(slot), (f"{module}.{slot}",))))
+    def add(module: str, slots: Sequence[str], parents: tuple[str, str], naming: _Naming) -> None:
+        without_numbers = _DIGITS.sub("0", module)
+        for slot in slots:
+            family = families.get((without_numbers, slot))
+            if family is None:
+                families[without_numbers, slot] = family = _Family(slot, parents)
+            family.members.append(_Member(module, (naming(slot), (f"{module}.{slot}",))))
 
     attentions: set[str] = set()
     for module in modules:
         hub, parents = _transformers_name(module.name), _parent_classes(module.role)
-        naming = _fused_names(module, hub) if module.expert is not None else _plain_names(hub)
-        slots = ["weight_quantizer", "output_quantizer"]
-        if module.role is not Role.embedding:  # its input quantizer cannot be switched on
-            slots.append("input_quantizer")
-        for slot in slots:
+        if module.expert is None:
+            # The input quantizer of an embedding cannot be switched on.
+            slots = _LINEAR_SLOTS[: 2 if module.role is Role.embedding else 3]
+            add(module.name, slots, parents, _plain_names(hub))
+        else:
+            naming = _fused_names(module, hub)
+            add(module.name, _LINEAR_SLOTS[1:], parents, naming)
             # The parent of a fused expert's weight quantizer is a ModuleList, of no class here.
-            fused_weight = module.expert is not None and slot == "weight_quantizer"
-            add(module.name, slot, ("", parents[1]) if fused_weight else parents, naming)
+            add(module.name, _LINEAR_SLOTS[:1], ("", parents[1]), naming)
         mixer = module.name.rpartition(".")[0]
         if module.role is Role.attention_qkv and mixer not in attentions:
             attentions.add(mixer)
-            for slot in _BMM_SLOTS:
-                add(mixer, slot, (_ATTENTION,) * 2, _plain_names(_transformers_name(mixer)))
+            names = _plain_names(_transformers_name(mixer))
+            add(mixer, _BMM_SLOTS, (_ATTENTION, _ATTENTION), names)
     return list(families.values())
 
 
@@ -217,11 +222,11 @@ def _transformers_name(module: str) -> str:
     return f"model{dot}{rest}" if prefix == "backbone" else module
 
 
-def _plain_names(module: str) -> Callable[[str], tuple[str, ...]]:
+def _plain_names(module: str) -> _Naming:
     return lambda slot: (f"{module}.{slot}",)
 
 
-def _fused_names(module: ModuleInfo, hub: str) -> Callable[[str], tuple[str, ...]]:
+def _fused_names(module: ModuleInfo, hub: str) -> _Naming:
     prefix = hub.rpartition(".experts.")[0] + f".experts.{module.projection}_"
 
     def names(slot: str) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ MARKERS = "os^Dv<>P"
 INK, FAINT = "#010203", "#010204"
 NO_TOKEN = "#d55e00"
 WIDTH_IN = 9.2
-LEGEND_CHARACTERS = 110  # that fit in one row of that width
+LEGEND_CHARACTERS = 125  # that fit in one row of that width
 # Share of blocks that take M=4 on i.i.d. Gaussian weights.
 GAUSSIAN_M4_PERCENT = 45.0
 STYLE = {
@@ -41,6 +41,8 @@ STYLE = {
     "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 10,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -104,8 +106,8 @@ def draw_all(report: RunReport) -> list[Plot]:
         (
             "time",
             "Time per layer",
-            "Seconds of each phase; phases run beside each other where they can, so the layers add "
-            "up to more than the wall-clock time of the sweep.",
+            "Seconds of each phase; phases run beside each other where they can, so the layers may "
+            "add up to more than the wall-clock time of the sweep.",
             draw_time,
         ),
     ]
@@ -321,7 +323,7 @@ def _to_svg(figure: Figure, name: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
     "n_groups": 4,
     "conv_kernel": 4,
     "chunk_size": 32,  # transformers is exact only with one chunk
-    "time_step_min": 1e-9,  # transformers clamps dt here (and takes the logarithm when it initialises)
+    "time_step_min": 1e-9,  # transformers clamps dt here, and takes the logarithm
     "use_conv_bias": True,
     "use_bias": False,
     "mlp_bias": False,
@@ -86,12 +86,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Reference:
-    """A model, its tensors by checkpoint name, and transformers' logits on `ids`."""
+    """A model, its tensors by checkpoint name, and what transformers makes of `ids`.
+
+    `amax` holds the largest input of each projection, over all layers of the type.
+    """
 
     architecture: Architecture
     tensors: dict[str, torch.Tensor]
     ids: torch.Tensor
     logits: torch.Tensor
+    amax: dict[str, float]
 
 
 def make_reference(variant: str, seed: int = 1) -> Reference:
@@ -118,6 +122,7 @@ def make_reference(variant: str, seed: int = 1) -> Reference:
         if without_shared and "shared_experts" in name:
             tensor.zero_()
     ids = torch.randint(0, config["vocab_size"], (BATCH, SEQ_LEN))
+    amax = _watch_amax(model)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     architecture = Architecture.from_hf_config(config)
@@ -125,7 +130,7 @@ def make_reference(variant: str, seed: int = 1) -> Reference:
     wanted = {spec.name: tuple(spec.shape) for spec in expected_tensors(architecture)}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in wanted}
     assert found == wanted
-    return Reference(architecture, tensors, ids, logits)
+    return Reference(architecture, tensors, ids, logits, amax)
 
 
 def checkpoint_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -216,6 +221,35 @@ class RecordingTap:
         assert routing_map.dtype is torch.bool
         self.tokens += routing_map.shape[0]
         self.tokens_per_expert += routing_map.sum(dim=0)
+
+
+def _watch_amax(model: torch.nn.Module) -> dict[str, float]:
+    """Fills the dict that it returns whenever `model` runs; names as in `Tap.activation`."""
+    amax: dict[str, float] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        amax[name] = max(amax.get(name, 0.0), x.abs().amax().item())
+
+    def see_experts(experts: Any, args: tuple[torch.Tensor, ...]) -> None:
+        tokens, chosen_TK, _ = args
+        see("experts.up_proj", tokens)
+        for token, chosen_K in zip(tokens, chosen_TK, strict=True):
+            for expert in chosen_K:
+                see("experts.down_proj", F.linear(token, experts.up_proj[expert]).relu().square())
+
+    for path, module in model.named_modules():
+        name = path.partition(".mixer.")[2]
+        if name.endswith(("q_proj", "o_proj", "in_proj", "out_proj", "up_proj", "down_proj")) or (
+            name.endswith("latent_proj") and isinstance(module, torch.nn.Linear)
+        ):
+            name = "qkv" if name == "q_proj" else name
+            module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        elif name in ("k_proj", "v_proj"):
+            name = f"{name[0]}_cache"
+            module.register_forward_hook(lambda _, __, output, name=name: see(name, output))
+        elif name == "experts":
+            module.register_forward_pre_hook(see_experts)
+    return amax
 
 
 def _randomize(name: str, tensor: torch.Tensor) -> None:

@@ -1,0 +1,46 @@
+"""`layersweep-calibrate`: BF16 checkpoint in, checked NVFP4 checkpoint out.
+
+python -m launch.calibrate checkpoint=DIR output=DIR recipe=NAME data=FILE
+torchrun --nproc-per-node 8 -m launch.calibrate ... parallel.ep=8
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from launch.entry import CONF_DIR, JOBS_DIR, place_of_process, run
+from pipeline.calibrate import calibrate
+from pipeline.config import register_schemas, to_dataclass, to_yaml
+from pipeline.publication import REPORT_DIRECTORY
+from pipeline.report.terminal import print_report
+from pipeline.runtime.logs import set_up_logging
+
+
+def main() -> None:
+    """Console command."""
+    register_schemas()
+    _compose()
+
+
+@hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name="calibrate")
+def _compose(composed: DictConfig) -> None:
+    place = place_of_process()
+
+    def action() -> int:
+        config = to_dataclass(composed)
+        set_up_logging(place.rank, verbose=config.verbose)
+        report = calibrate(config, CONF_DIR, place, to_yaml(composed))
+        if report is not None:
+            directory = Path(report.output) / REPORT_DIRECTORY
+            names = {"report": "report.html", "run": "run.json", "metrics": "metrics.jsonl"}
+            print_report(report, files={key: directory / name for key, name in names.items()})
+        return 0
+
+    run(action, place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the entry points share: where conf/ lies, this process's place, errors to exit statuses.
+
+Exit statuses: 0 done, 1 the audit found problems, 2 refused (the message says why), 3 an
+unexpected fault (with a traceback).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.calibrate import Place
+from pipeline.errors import AuditError, LayersweepError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+JOBS_DIR = CONF_DIR / "job"
+
+logger = logging.getLogger(__name__)
+
+# Other ranks than 0 wait this long before they report: rank 0 usually fails for the same reason
+# and says so, and the launcher then ends the others, so that the user reads one message.
+OTHERS_WAIT_S = 5.0
+# Ranks whose connection broke are victims of another rank's fault.
+VICTIMS_WAIT_S = 20.0
+_BROKEN_CONNECTION = ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe")
+
+
+def place_of_process() -> Place:
+    """This process among the ranks, as torchrun (or Slurm's srun) tells through the environment."""
+    for rank, world, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if "MASTER_ADDR" in os.environ and rank in os.environ and world in os.environ:
+            return Place(
+                int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, 0))
+            )
+    return Place()
+
+
+def run(action: Callable[[], int], place: Place) -> None:
+    """Calls `action`, reports what goes wrong, and exits with its status."""
+    try:
+        status = action()
+    except LayersweepError as error:
+        if place.rank != 0:
+            time.sleep(OTHERS_WAIT_S)
+        who = f" (rank {place.rank})" if place.world > 1 else ""
+        _say(f"layersweep: error{who}: {error}")
+        status = 1 if isinstance(error, AuditError) else 2
+    except KeyboardInterrupt:
+        _say("layersweep: interrupted; the same command goes on from the last finished layer")
+        status = 130
+    except Exception as error:
+        if place.world > 1 and any(word in str(error) for word in _BROKEN_CONNECTION):
+            time.sleep(VICTIMS_WAIT_S)
+        _say(f"layersweep: unexpected fault on rank {place.rank}")
+        traceback.print_exc()
+        status = 3
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status and place.world > 1:
+        os._exit(status)  # no waiting for collectives that other ranks will never join
+    sys.exit(status)
+
+
+def positional_to_override(name: str) -> None:
+    """Lets the first word of the command line be the value of an option."""
+    if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"{name}={sys.argv[1]}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")

@@ -1,0 +1,105 @@
+"""Answering `launch.plan`: from options to the printed plan.
+
+In: a `PlanConfig`. Out: a table or JSON on standard output, and the exit status. Refusals are part
+of the answer: they are collected and shown together with whatever could still be planned.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.architecture import Architecture
+from pipeline.calibrate import stored_tensors
+from pipeline.checkpoint.source import open_source, read_json
+from pipeline.checkpoint.source_check import check_source
+from pipeline.config import ComputeDtype, PlanConfig, PlanOutput, read_yaml
+from pipeline.errors import ConfigError, LayersweepError
+from pipeline.job import StoredTensor, build_job, estimate_stored
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import load_recipe
+from pipeline.report.plan_table import print_json, print_plan
+
+
+def show_plan(config: PlanConfig, conf_dir: Path) -> int:
+    """Prints the plan; returns 2 if the job would be refused, else 0.
+
+    Raises:
+        LayersweepError: Nothing can be planned: an unknown model or recipe, a broken config.json,
+            degrees that do not multiply, or a recipe that cannot be used on this model.
+    """
+    try:
+        plan = plan_of(config, conf_dir)
+    except LayersweepError as error:
+        if config.output is PlanOutput.json:
+            print_json({"refusals": [str(error)]})
+            return 2
+        raise
+    if config.output is PlanOutput.json:
+        print_json(plan.to_json())
+    else:
+        print_plan(plan)
+    return 2 if plan.refusals else 0
+
+
+def plan_of(config: PlanConfig, conf_dir: Path) -> Plan:
+    """The plan of a checkpoint or of a known shape.
+
+    Raises:
+        LayersweepError: Nothing can be planned.
+    """
+    refusals: list[LayersweepError] = []
+    architecture, stored = _read_model(config, conf_dir, refusals)
+    recipe = load_recipe(config.recipe, conf_dir / "recipe")
+    world = config.parallel.world
+    if world is None:
+        world = max(config.parallel.tp, config.parallel.etp * (config.parallel.ep or 1))
+    dims = config.parallel.dims(world, architecture.n_routed_experts)
+    job = build_job(architecture, dims, recipe, stored)
+    return make_plan(
+        job,
+        num_sequences=config.calibration.num_sequences,
+        seq_len=config.calibration.seq_len,
+        compute_bytes=4 if config.compute_dtype is ComputeDtype.float32 else 2,
+        extra_refusals=refusals,
+    )
+
+
+def _read_model(
+    config: PlanConfig, conf_dir: Path, refusals: list[LayersweepError]
+) -> tuple[Architecture, dict[str, StoredTensor]]:
+    if config.checkpoint is not None:
+        source = open_source(config.checkpoint)
+        architecture = Architecture.from_hf_config(source.config)
+        try:
+            return architecture, stored_tensors(
+                source, check_source(source, architecture, cast=config.cast)
+            )
+        except LayersweepError as error:
+            refusals.append(error)
+            return architecture, estimate_stored(architecture)
+    assert config.model is not None
+    architecture = Architecture.from_hf_config(_model_config(config.model, conf_dir))
+    return architecture, estimate_stored(architecture)
+
+
+def _model_config(model: str, conf_dir: Path) -> dict[str, Any]:
+    """The config.json of a known model, or the one at a path."""
+    preset = conf_dir / "model" / f"{model}.yaml"
+    if preset.is_file():
+        values = read_yaml(preset)
+        if "config_of" in values:
+            return open_source(str(values["config_of"])).config
+        return values
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        known = sorted(file.stem for file in (conf_dir / "model").glob("*.yaml"))
+        raise ConfigError(
+            "model",
+            value=model,
+            rule="must be one of " + ", ".join(known) + ", or the path of a config.json",
+            remedy="for a checkpoint use checkpoint=DIR",
+        )
+    return read_json(path, "must be a model's config.json")

@@ -1,0 +1,162 @@
+"""The end of a run: from committed layers to a published, audited checkpoint with its report.
+
+In: the journal of a complete sweep. Out: the final directory, which appears by one rename after
+the audit has passed, and the `RunReport`. Rank 0 alone does this.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.audit import AuditResult, audit
+from pipeline.checkpoint.journal import Journal, LayerRecord
+from pipeline.checkpoint.publish import WorkDirectory, finalize, publish
+from pipeline.checkpoint.quantization_config import build_quantization_configs, unquantized_modules
+from pipeline.checkpoint.source import Source
+from pipeline.checkpoint.writer import FileRecord, write_safetensors
+from pipeline.errors import OutputError
+from pipeline.job import Job
+from pipeline.plan import Plan
+from pipeline.report.html import write_html
+from pipeline.report.metrics import MetricsWriter
+from pipeline.report.records import RunReport
+from pipeline.report.run_json import write_run_json
+from pipeline.run_report import build_report, layer_metrics
+from pipeline.sweep import LOSS, OUTER, SCALARS
+
+logger = logging.getLogger(__name__)
+
+REPORT_DIRECTORY = "layersweep"
+
+
+def publish_run(
+    job: Job,
+    plan: Plan,
+    source: Source,
+    journal: Journal,
+    work: WorkDirectory,
+    *,
+    compute: str,
+    resolved_config: str,
+    phases: dict[str, float],
+) -> RunReport:
+    """Names the files, writes the configs, audits, reports, and renames the directory.
+
+    Args:
+        job: What was decided.
+        plan: What was promised; the audit holds the directory to it.
+        source: Where small files come from.
+        journal: All units committed.
+        work: The work directory.
+        compute: Compute dtype and device, in words.
+        resolved_config: Saved beside the checkpoint.
+        phases: Seconds so far, by phase.
+
+    Raises:
+        AuditError: The directory breaks a rule; it keeps its working name.
+        OutputError: Writing failed, or a unit is not committed.
+    """
+    clock = time.monotonic()
+    units: list[int | str] = [*range(len(job.schedules)), OUTER]
+    if job.resolution.needs_forward:
+        units.append(LOSS)
+    records = {unit: _committed(journal, unit) for unit in units}
+    files = [file for record in records.values() for file in record.files]
+    scalars = {
+        name: value for record in records.values() for name, value in _scalars(record).items()
+    }
+    if scalars:
+        files.append(_write_scalars(work.files / "scalars.safetensors", scalars))
+    named = publish(
+        work,
+        files,
+        **_configs(job, source),
+        small_files=source.small_files,
+        extra={f"{REPORT_DIRECTORY}/config.yaml": resolved_config.encode()},
+    )
+    phases["publish"], clock = time.monotonic() - clock, time.monotonic()
+    result = audit(
+        work.files,
+        expected_bytes=plan.quantized_bytes,
+        expected_effective_bits=plan.effective_bits,
+    )
+    phases["audit"] = time.monotonic() - clock
+    for problem in result.problems:
+        logger.error("audit: %s", problem)
+    result.raise_if_failed()
+    report = build_report(
+        job, plan, source, records, work.final, audit=_describe(result), compute=compute
+    )
+    report.phases = phases
+    _write_reports(work.files / REPORT_DIRECTORY, report, layer_metrics(job, records), named)
+    finalize(work)
+    return report
+
+
+def _configs(job: Job, source: Source) -> dict[str, Any]:
+    formats = {
+        module: (module_format.weight_format, module_format.input_format)
+        for module, module_format in job.resolution.formats.items()
+        if module_format.is_quantized
+    }
+    unquantized = unquantized_modules(job.architecture, formats)
+    configs = build_quantization_configs(formats, unquantized, kv_cache_fp8=bool(job.resolution.kv))
+    return {
+        "config": {**source.config, "quantization_config": configs.quantization_config},
+        "hf_quant_config": configs.hf_quant_config,
+    }
+
+
+def _committed(journal: Journal, unit: int | str) -> LayerRecord:
+    record = journal.committed(unit)
+    if record is None:
+        raise OutputError(
+            f"journal {journal.directory}",
+            value=f"{unit} is not committed",
+            rule="every layer must be committed before publication",
+            remedy="start the same command again; only what is missing is done again",
+        )
+    return record
+
+
+def _scalars(record: LayerRecord) -> dict[str, float]:
+    for part in record.parts:
+        if part.part == SCALARS:
+            return dict(part.statistics.get("scalars", {}))
+    return {}
+
+
+def _write_scalars(path: Path, scalars: dict[str, float]) -> FileRecord:
+    tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
+    return write_safetensors(path, tensors)
+
+
+def _describe(result: AuditResult) -> dict[str, object]:
+    return {
+        "passed": result.ok,
+        "checks": len(result.checks),
+        "tensors": result.figures.tensors,
+        "notes": list(result.notes),
+    }
+
+
+def _write_reports(
+    directory: Path,
+    report: RunReport,
+    layers: Iterable[dict[str, Any]],
+    files: list[FileRecord],
+) -> None:
+    directory.mkdir(exist_ok=True)
+    write_run_json(report, directory / "run.json")
+    write_html(report, directory / "report.html")
+    checksums = "".join(f"{file.sha256}  {file.name}\n" for file in files)
+    (directory / "SHA256SUMS").write_text(checksums, encoding="ascii")
+    with MetricsWriter(directory / "metrics.jsonl") as metrics:
+        for values in layers:
+            metrics.write(**values)

@@ -1,0 +1,94 @@
+"""The plan as a person reads it: sizes first, then groups, ranks, notes and refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.plan import GB, GroupPlan, Plan
+
+MOST_RANKS = 8
+
+
+def print_json(values: dict[str, Any], console: Console | None = None) -> None:
+    """Prints one JSON object."""
+    console = console or Console()
+    console.file.write(json.dumps(values, indent=2) + "\n")
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Prints the tables; fits 80 columns, and stays plain text in a pipe."""
+    console = console or Console(highlight=False)
+    layers = ", ".join(f"{count} {kind}" for kind, count in plan.layers.items() if count)
+    console.print(Text(f"recipe   {plan.recipe}"))
+    console.print(Text(f"layers   {sum(plan.layers.values())}: {layers}"))
+    console.print(Text(f"layout   {plan.layout}"))
+    size = f"{_gb(plan.bf16_bytes)} -> {_gb(plan.quantized_bytes)}"
+    bits = f"{plan.effective_bits:.2f} bits per parameter"
+    console.print(Text(f"size     {size}, {bits}", style="bold"))
+    console.print(Text(f"shards   {plan.files} files; KV cache {plan.kv_cache}"))
+    forward = "calibrated by a forward pass" if plan.needs_forward else "no forward pass needed"
+    console.print(Text(f"scales   {forward}"))
+    console.print(_group_table(plan.groups))
+    if plan.per_rank:
+        console.print(_rank_table(plan))
+    for pattern in plan.unmatched_patterns:
+        console.print(Text(f"note     pattern {pattern!r} of the recipe matches nothing here"))
+    for note in plan.notes:
+        console.print(Text(f"note     {note}", style="yellow"))
+    for refusal in plan.refusals:
+        console.print(Text(f"refused  {refusal}", style="bold red"))
+
+
+def _group_table(groups: list[GroupPlan]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("kind", "format", "method", "inputs"):
+        table.add_column(header, overflow="fold")
+    for header in ("layers", "tensors", "params", "source", "stored"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for group in groups:
+        table.add_row(
+            group.role,
+            group.format,
+            group.method,
+            group.activations,
+            str(group.layers or ""),
+            f"{group.tensors:,}",
+            _count(group.parameters),
+            _gb(group.source_bytes),
+            _gb(group.stored_bytes),
+        )
+    return table
+
+
+def _rank_table(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for header in ("rank", "slots", "read ahead", "hidden states", "reads", "writes"):
+        table.add_column(f"{header}" if header == "rank" else f"{header} GB", justify="right")
+    for rank in plan.per_rank[:MOST_RANKS]:
+        sizes = (rank.slot_gb, rank.read_ahead_gb, rank.hidden_gb, rank.reads_gb, rank.writes_gb)
+        table.add_row(str(rank.rank), *(_size(size) for size in sizes))
+    if len(plan.per_rank) > MOST_RANKS:
+        table.add_row("...", *([""] * 5))
+    return table
+
+
+def _gb(count: int) -> str:
+    size = count / GB
+    return f"{size:,.0f} GB" if size >= 1000 else f"{_size(size)} GB"
+
+
+def _size(size: float) -> str:
+    return f"{size:,.1f}" if size >= 1 else f"{size:.4f}"
+
+
+def _count(parameters: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= scale:
+            return f"{parameters / scale:.1f} {unit}"
+    return str(parameters)
