@@ -333,9 +333,11 @@ def _check_arithmetic(a: Architecture) -> None:
             (a.n_group, a.topk_group),
             f"n_group must divide n_routed_experts={a.n_routed_experts}, topk_group be 1..n_group",
         )
-    if a.norm_topk_prob != (a.num_experts_per_tok > 1):
+    per_group = a.n_routed_experts // a.n_group
+    if a.n_group > 1 and (per_group < 2 or a.topk_group * per_group < a.num_experts_per_tok):
         refuse(
-            "norm_topk_prob",
-            f"{a.norm_topk_prob} with num_experts_per_tok={a.num_experts_per_tok}",
-            "megatron-core's sigmoid router normalises the probabilities exactly when top-k > 1",
+            "n_group, topk_group",
+            (a.n_group, a.topk_group),
+            f"a group ({per_group} experts) needs two, and the chosen groups must hold "
+            f"num_experts_per_tok={a.num_experts_per_tok} experts",
         )

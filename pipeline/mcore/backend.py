@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch._C._distributed_c10d import HashStore
 
 from pipeline.mcore import cpu
 from pipeline.sharding import Coordinates, ParallelDims
@@ -115,7 +114,7 @@ def _init_world(
     if world == 1 and init_method is None:
         dist.init_process_group(
             backend,
-            store=HashStore(),
+            store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
             timeout=timeout,

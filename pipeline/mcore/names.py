@@ -82,7 +82,8 @@ def _mamba(a: Architecture, mamba: nn.Module) -> dict[str, Place]:
     return places | {name: Place(mixer, name) for name in ("A_log", "D", "dt_bias")}
 
 
-def _attention(a: Architecture, attention: Attention) -> dict[str, Place]:
+def _attention(a: Architecture, attention: nn.Module) -> dict[str, Place]:
+    assert isinstance(attention, Attention)
     qkv = attention.get_submodule("qkv_proj")
     places = _linear("o_proj", attention.get_submodule("o_proj"), a.attention_bias)
     start = 0

@@ -79,7 +79,7 @@ def scan_chunks(
 
     def chunks(tensor: torch.Tensor) -> torch.Tensor:
         padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding))
-        cut: torch.Tensor = padded.unflatten(1, (-1, chunk))  # type: ignore[no-untyped-call]
+        cut: torch.Tensor = padded.unflatten(1, (-1, chunk))
         return cut
 
     B_bcqgn, C_bcqgn = chunks(B_blgn), chunks(C_blgn)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pipeline.architecture import Architecture, TensorSpec, expected_tensors, mtp_tensors
+from pipeline.checkpoint.audit import audit
 from pipeline.checkpoint.publish import WorkDirectory, finalize, prepare, publish
 from pipeline.checkpoint.quantization_config import (
     build_quantization_configs,
@@ -15,6 +17,7 @@ from pipeline.checkpoint.quantization_config import (
 from pipeline.checkpoint.safetensors_file import read_header
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.writer import FileRecord, Writable, write_safetensors
+from pipeline.errors import AuditError
 from pipeline.nvfp4.formats import Format, WeightMethod
 from pipeline.nvfp4.reference import quantize_fp8, quantize_nvfp4, tensor_amax
 
@@ -187,6 +190,20 @@ def edit_configs(directory: Path, change: Any) -> None:
 
     edit_json(directory / "config.json", in_config)
     edit_json(directory / "hf_quant_config.json", in_hf)
+
+
+def expect_problems(directory: Path, *messages: str, **options: Any) -> None:
+    """The audit finds each message, and raises."""
+    result = audit(directory, **options)
+    for message in messages:
+        assert any(message in problem for problem in result.problems), result.problems
+    with pytest.raises(AuditError) as caught:
+        result.raise_if_failed()
+    assert messages[0] in str(caught.value)
+
+
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
 
 
 def _amax_of(source: Source, specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
