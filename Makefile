@@ -17,6 +17,7 @@ help: ## List these targets
 setup: $(READY) ## Create .venv with the tested versions (downloads about 3 GB once)
 
 demo: $(READY) ## Calibrate the shipped tiny model on two CPU ranks and show the report
+	@rm -rf outputs/demo-nvfp4 outputs/demo-nvfp4.partial
 	@OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
 	  -m launch.calibrate experiment=demo
 

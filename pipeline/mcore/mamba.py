@@ -37,7 +37,7 @@ class Mamba(nn.Module):
                 "the Python package mamba_ssm",
                 value="not installed",
                 rule="Mamba layers on a GPU run its kernels",
-                remedy="install mamba-ssm and causal-conv1d, or run with runtime.device=cpu",
+                remedy="install mamba-ssm and causal-conv1d, or run with device=cpu",
             )
         a = architecture
         bias = {"has_bias": a.use_bias}

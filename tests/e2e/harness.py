@@ -1,7 +1,7 @@
 """Runs whole jobs in tests: on real gloo ranks, on the golden model or a made one.
 
-    output = run_job(tmp_path / "out", world=2, ep=2, recipe="nvfp4_four_over_six")
-    tensors = read_checkpoint(output)
+output = run_job(tmp_path / "out", world=2, ep=2, recipe="nvfp4_four_over_six")
+tensors = read_checkpoint(output)
 """
 
 import json
@@ -11,6 +11,8 @@ from typing import Any
 from launch.entry import CONF_DIR
 from pipeline.calibrate import Place, calibrate
 from pipeline.config import CalibrateConfig, CalibrationConfig, ParallelConfig
+from pipeline.mcore import slots  # noqa: F401  (imported before forking: once, not per rank)
+from pipeline.recipe import load_recipe
 from tests.distributed.helpers import run_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "modelopt_tiny"
@@ -37,6 +39,7 @@ def golden_config(output: Path, **options: Any) -> CalibrateConfig:
 def run_job(output: Path, *, world: int = 1, timeout: float = 120.0, **options: Any) -> Path:
     """Runs one job on `world` forked ranks; returns the directory it made."""
     config = golden_config(output, **options)
+    load_recipe(config.recipe, CONF_DIR / "recipe")  # imports Model Optimizer before forking
 
     def job(rank: int) -> None:
         calibrate(config, CONF_DIR, Place(rank, world, rank), "")
