@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md: what every PTQ recipe comes to on a Nemotron-H model.
+"""Writes docs/recipes.md and the table in README.md: what each PTQ recipe is on a Nemotron-H model.
 
 Run from the repository: `python bench/recipe_table.py`. The model has one layer of each kind;
 which tensors a recipe reaches does not depend on sizes.
@@ -26,6 +26,8 @@ from pipeline.recipe import (
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = REPOSITORY / "conf" / "recipe"
 TABLE = REPOSITORY / "docs" / "recipes.md"
+README = REPOSITORY / "README.md"
+BEGIN, END = "<!-- recipe table: begin -->\n", "<!-- recipe table: end -->\n"
 
 COLUMNS = {
     "routed experts": (Role.routed_expert,),
@@ -66,15 +68,31 @@ model, and hold every refusal.
 
 
 def main() -> None:
-    """Writes the table."""
+    """Writes both."""
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table(), encoding="utf-8")
+    tables = sections()
+    TABLE.write_text(document(tables), encoding="utf-8")
+    README.write_text(readme(tables), encoding="utf-8")
 
 
-def table() -> str:
-    """The whole document."""
+def document(tables: dict[str, str]) -> str:
+    """The whole of docs/recipes.md."""
+    header = HEADER.format(version=importlib.metadata.version("nvidia-modelopt"))
+    return header + "".join(f"\n## {title}\n\n{table}" for title, table in tables.items())
+
+
+def readme(tables: dict[str, str]) -> str:
+    """README.md with its table brought up to date."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    library = "\n".join(table for title, table in tables.items() if title != "Presets")
+    return f"{before}{BEGIN}{library}{END}{after}"
+
+
+def sections() -> dict[str, str]:
+    """The tables by title."""
     modules = modules_of(expected_tensors(_model()))
-    parts = [HEADER.format(version=importlib.metadata.version("nvidia-modelopt"))]
     accepted: dict[str, list[str]] = {"Presets": [], "Model Optimizer's library": []}
     refused: list[str] = []
     for title, names in zip(accepted, (preset_names(PRESETS), library_names()), strict=True):
@@ -87,11 +105,10 @@ def table() -> str:
             else:
                 accepted[title].append(_row(name, resolution, modules))
     head = ["recipe", *COLUMNS, "KV cache", "forward"]
-    for title, rows in accepted.items():
-        parts.append(f"\n## {title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}\n")
-        parts.append("\n".join(rows) + "\n")
-    parts.append("\n## Refused\n\n| recipe | why |\n| --- | --- |\n" + "\n".join(refused) + "\n")
-    return "".join(parts)
+    top = f"| {' | '.join(head)} |\n|{' --- |' * len(head)}\n"
+    tables = {title: top + "\n".join(rows) + "\n" for title, rows in accepted.items()}
+    tables["Refused"] = "| recipe | refused because |\n| --- | --- |\n" + "\n".join(refused) + "\n"
+    return tables
 
 
 def _row(name: str, resolution: Resolution, modules: Sequence[ModuleInfo]) -> str:

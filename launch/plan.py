@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from launch.entry import CONF_DIR, JOBS_DIR, place_of_process, run
 from pipeline.config import register_schemas, to_dataclass
 from pipeline.planning import show_plan
+from pipeline.runtime.logs import set_up_logging
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
 
 @hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name="plan")
 def _compose(composed: DictConfig) -> None:
+    set_up_logging(0)
     run(lambda: show_plan(to_dataclass(composed), CONF_DIR), place_of_process())
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from launch.entry import JOBS_DIR, place_of_process, positional_to_override, run
 from pipeline.config import register_schemas, to_dataclass
+from pipeline.runtime.logs import set_up_logging
 from pipeline.verify import verify
 
 
@@ -24,6 +25,7 @@ def main() -> None:
 
 @hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name="verify")
 def _compose(composed: DictConfig) -> None:
+    set_up_logging(0)
     run(lambda: verify(to_dataclass(composed)), place_of_process())
 
 

@@ -7,20 +7,24 @@ GPU and no weights, and the finished checkpoint must weigh exactly what it says.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-from pipeline.architecture import LayerType, TensorSpec, layer_tensors
+from pipeline.architecture import LayerType
 from pipeline.errors import LayersweepError
 from pipeline.job import Job, find_refusals
 from pipeline.nvfp4.formats import BLOCK_SIZE, Format
+from pipeline.plan_ranks import (
+    GB,
+    SCALAR_BYTES,
+    RankPlan,
+    layer_written_bytes,
+    packed_bytes,
+    plan_ranks,
+    written_bytes,
+)
 from pipeline.recipe import ModuleFormat
-from pipeline.schedule import EXPERT_PROJECTIONS, LayerSchedule, expert_owner, packs_expert
-from pipeline.sharding import shard_of
 
-SCALAR_BYTES = 4
 HOPPER_K = 64
-GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +40,6 @@ class GroupPlan:
     parameters: int
     source_bytes: int
     stored_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class RankPlan:
-    """What one rank holds, reads and writes, in GB (10^9 bytes)."""
-
-    rank: int
-    slot_gb: float
-    read_ahead_gb: float
-    hidden_gb: float
-    reads_gb: float
-    writes_gb: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +94,7 @@ def make_plan(
     writes = written_bytes(job)
     layout_ok = not any(type(error).__name__ == "LayoutError" for error in refusals)
     tokens = (num_sequences, seq_len) if job.resolution.needs_forward else (0, 0)
-    per_rank = _per_rank(job, writes, tokens, compute_bytes) if layout_ok else []
+    per_rank = plan_ranks(job, writes, tokens, compute_bytes) if layout_ok else []
     return Plan(
         recipe=job.recipe.name,
         layout=job.dims.describe(),
@@ -122,13 +114,6 @@ def make_plan(
     )
 
 
-def packed_bytes(spec: TensorSpec, module_format: ModuleFormat) -> int:
-    """Bytes of a quantized weight with its own scales (not the activation scalars)."""
-    if module_format.weight_format is Format.fp8:
-        return spec.parameters + SCALAR_BYTES
-    return spec.parameters // 2 + spec.parameters // BLOCK_SIZE + SCALAR_BYTES
-
-
 def scalar_bytes(job: Job) -> int:
     """Bytes of all activation scalars: input_scale, k_scale and v_scale."""
     inputs = sum(
@@ -137,47 +122,6 @@ def scalar_bytes(job: Job) -> int:
         if module_format.is_quantized and module_format.input_format is not None
     )
     return SCALAR_BYTES * (inputs + 2 * len(job.resolution.kv))
-
-
-def written_bytes(job: Job) -> list[int]:
-    """Bytes of tensors that each rank writes (without the activation scalars)."""
-    written = [0] * job.dims.world
-    for schedule in job.schedules:
-        for rank, size in enumerate(layer_written_bytes(job, schedule)):
-            written[rank] += size
-    for name, rank in job.outer:
-        written[rank] += job.stored[name].nbytes
-    return written
-
-
-def layer_written_bytes(job: Job, schedule: LayerSchedule) -> list[int]:
-    """Bytes of one layer's tensors that each rank writes."""
-    dims = job.dims
-    written = [0] * dims.world
-    for spec, rank in schedule.copies:
-        written[rank] += job.stored[spec.name].nbytes
-    for item in schedule.dense:
-        rank = item.owner + dims.tp * item.replica
-        written[rank] += packed_bytes(item.spec, item.module_format)
-    if schedule.experts:
-        local = job.architecture.n_routed_experts // dims.ep
-        per_expert = sum(
-            packed_bytes(_expert_spec(job, schedule.layer, projection), module_format)
-            for projection, module_format in schedule.experts.items()
-        )
-        for rank in range(dims.world):
-            at = dims.coordinates(rank)
-            mine = sum(
-                packs_expert(e, at, dims) and expert_owner(e, dims) == at.etp_rank
-                for e in range(local)
-            )
-            written[rank] += mine * per_expert
-    return written
-
-
-def _expert_spec(job: Job, layer: int, projection: str) -> TensorSpec:
-    specs = layer_tensors(job.architecture, layer)
-    return specs[-2 + EXPERT_PROJECTIONS.index(projection)]
 
 
 def _groups(job: Job) -> list[GroupPlan]:
@@ -249,41 +193,6 @@ def _files(job: Job) -> int:
     """Shard files if every rank writes one per layer that it has tensors of."""
     files = sum(sum(size > 0 for size in layer_written_bytes(job, s)) for s in job.schedules)
     return files + len({rank for _, rank in job.outer}) + (scalar_bytes(job) > 0)
-
-
-def _per_rank(
-    job: Job, writes: list[int], tokens: tuple[int, int], compute_bytes: int
-) -> list[RankPlan]:
-    architecture, dims = job.architecture, job.dims
-    sequences = math.ceil(tokens[0] / dims.dp)
-    hidden = sequences * tokens[1] // dims.tp * architecture.hidden_size * compute_bytes
-    plans = []
-    for rank in range(dims.world):
-        slots, reads, largest = 0, 0, 0
-        for kind in LayerType:
-            layers = architecture.layers_of(kind)
-            if not layers:
-                continue
-            local_parameters, local_bytes = 0, 0
-            for spec in layer_tensors(architecture, layers[0]):
-                shard = shard_of(spec, architecture, dims, rank)
-                if shard is not None:
-                    local_parameters += math.prod(shard.shape)
-                    stored = job.stored[spec.name]
-                    local_bytes += math.prod(shard.shape) * stored.nbytes // stored.parameters
-            slots += local_parameters * compute_bytes
-            reads += local_bytes * len(layers)
-            largest = max(largest, local_bytes)
-        reads += sum(
-            job.stored[spec.name].nbytes
-            for schedule in job.schedules
-            for spec, at in schedule.copies
-            if at == rank
-        )
-        reads += sum(job.stored[name].nbytes for name, at in job.outer if at == rank)
-        sizes = (slots, largest, hidden, reads, writes[rank])
-        plans.append(RankPlan(rank, *(size / GB for size in sizes)))
-    return plans
 
 
 def _notes(job: Job) -> list[str]:

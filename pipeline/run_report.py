@@ -21,7 +21,8 @@ from pipeline.checkpoint.journal import LayerRecord
 from pipeline.checkpoint.source import Source
 from pipeline.job import Job
 from pipeline.packing import STATISTICS
-from pipeline.plan import Plan, describe_format, packed_bytes
+from pipeline.plan import Plan, describe_format
+from pipeline.plan_ranks import packed_bytes
 from pipeline.report.records import ExpertCoverage, KindReport, KVAmax, LayerReport, RunReport
 from pipeline.schedule import tap_of
 from pipeline.sweep import LOSS, SCALARS

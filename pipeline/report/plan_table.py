@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.plan import GB, GroupPlan, Plan
+from pipeline.plan import GroupPlan, Plan
+from pipeline.plan_ranks import GB
 
 MOST_RANKS = 8
 
@@ -46,16 +47,15 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _group_table(groups: list[GroupPlan]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("kind", "format", "method", "inputs"):
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for header in ("kind", "format", "inputs"):
         table.add_column(header, overflow="fold")
     for header in ("layers", "tensors", "params", "source", "stored"):
         table.add_column(header, justify="right", no_wrap=True)
     for group in groups:
         table.add_row(
-            group.role,
-            group.format,
-            group.method,
+            group.role.replace("_", " "),
+            f"{group.format} {group.method}".replace("four_over_six", "4-over-6").strip(),
             group.activations,
             str(group.layers or ""),
             f"{group.tensors:,}",
@@ -79,8 +79,13 @@ def _rank_table(plan: Plan) -> Table:
 
 
 def _gb(count: int) -> str:
-    size = count / GB
-    return f"{size:,.0f} GB" if size >= 1000 else f"{_size(size)} GB"
+    """A size with its unit, in powers of ten."""
+    if count >= 1000 * GB:
+        return f"{count / GB:,.0f} GB"
+    for unit, scale in (("GB", GB), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
 
 
 def _size(size: float) -> str:
