@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.calibrate import Place
 from pipeline.errors import AuditError, LayersweepError
+from pipeline.preparation import Place
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 JOBS_DIR = CONF_DIR / "job"

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.architecture import Architecture
-from pipeline.calibrate import stored_tensors
 from pipeline.checkpoint.source import open_source, read_json
 from pipeline.checkpoint.source_check import check_source
 from pipeline.config import ComputeDtype, PlanConfig, PlanOutput, read_yaml
 from pipeline.errors import ConfigError, LayersweepError
 from pipeline.job import StoredTensor, build_job, estimate_stored
 from pipeline.plan import Plan, make_plan
+from pipeline.preparation import stored_tensors
 from pipeline.recipe import load_recipe
 from pipeline.report.plan_table import print_json, print_plan
 

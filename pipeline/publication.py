@@ -6,9 +6,7 @@ the audit has passed, and the `RunReport`. Rank 0 alone does this.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +14,31 @@ import torch
 
 from pipeline.checkpoint.audit import AuditResult, audit
 from pipeline.checkpoint.journal import Journal, LayerRecord
-from pipeline.checkpoint.publish import WorkDirectory, finalize, publish
+from pipeline.checkpoint.publish import finalize, publish
 from pipeline.checkpoint.quantization_config import build_quantization_configs, unquantized_modules
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
 from pipeline.errors import OutputError
 from pipeline.job import Job
-from pipeline.plan import Plan
+from pipeline.preparation import Prepared
 from pipeline.report.html import write_html
-from pipeline.report.metrics import MetricsWriter
 from pipeline.report.records import RunReport
 from pipeline.report.run_json import write_run_json
-from pipeline.run_report import build_report, layer_metrics
+from pipeline.run_report import build_report
 from pipeline.sweep import LOSS, OUTER, SCALARS
 
-logger = logging.getLogger(__name__)
-
 REPORT_DIRECTORY = "layersweep"
+METRICS = "metrics.jsonl"
 
 
 def publish_run(
-    job: Job,
-    plan: Plan,
-    source: Source,
-    journal: Journal,
-    work: WorkDirectory,
-    *,
-    compute: str,
-    resolved_config: str,
-    phases: dict[str, float],
+    prepared: Prepared, journal: Journal, *, resolved_config: str, phases: dict[str, float]
 ) -> RunReport:
     """Names the files, writes the configs, audits, reports, and renames the directory.
 
     Args:
-        job: What was decided.
-        plan: What was promised; the audit holds the directory to it.
-        source: Where small files come from.
+        prepared: What was decided and promised; the audit holds the directory to it.
         journal: All units committed.
-        work: The work directory.
-        compute: Compute dtype and device, in words.
         resolved_config: Saved beside the checkpoint.
         phases: Seconds so far, by phase.
 
@@ -63,6 +47,7 @@ def publish_run(
         OutputError: Writing failed, or a unit is not committed.
     """
     clock = time.monotonic()
+    job, work = prepared.job, prepared.work
     units: list[int | str] = [*range(len(job.schedules)), OUTER]
     if job.resolution.needs_forward:
         units.append(LOSS)
@@ -76,27 +61,32 @@ def publish_run(
     named = publish(
         work,
         files,
-        **_configs(job, source),
-        small_files=source.small_files,
-        extra={f"{REPORT_DIRECTORY}/config.yaml": resolved_config.encode()},
+        **_configs(job, prepared.source),
+        small_files=prepared.source.small_files,
+        extra={
+            f"{REPORT_DIRECTORY}/config.yaml": resolved_config.encode(),
+            f"{REPORT_DIRECTORY}/{METRICS}": (work.root / METRICS).read_bytes(),
+        },
     )
     phases["publish"], clock = time.monotonic() - clock, time.monotonic()
+    result = _audit(prepared)
+    phases["audit"] = time.monotonic() - clock
+    report = build_report(prepared, records, audit=_describe(result))
+    report.phases = phases
+    _write_reports(work.files / REPORT_DIRECTORY, report, named)
+    finalize(work)
+    return report
+
+
+def _audit(prepared: Prepared) -> AuditResult:
+    plan = prepared.plan
     result = audit(
-        work.files,
+        prepared.work.files,
         expected_bytes=plan.quantized_bytes,
         expected_effective_bits=plan.effective_bits,
     )
-    phases["audit"] = time.monotonic() - clock
-    for problem in result.problems:
-        logger.error("audit: %s", problem)
     result.raise_if_failed()
-    report = build_report(
-        job, plan, source, records, work.final, audit=_describe(result), compute=compute
-    )
-    report.phases = phases
-    _write_reports(work.files / REPORT_DIRECTORY, report, layer_metrics(job, records), named)
-    finalize(work)
-    return report
+    return result
 
 
 def _configs(job: Job, source: Source) -> dict[str, Any]:
@@ -146,17 +136,8 @@ def _describe(result: AuditResult) -> dict[str, object]:
     }
 
 
-def _write_reports(
-    directory: Path,
-    report: RunReport,
-    layers: Iterable[dict[str, Any]],
-    files: list[FileRecord],
-) -> None:
-    directory.mkdir(exist_ok=True)
+def _write_reports(directory: Path, report: RunReport, files: list[FileRecord]) -> None:
     write_run_json(report, directory / "run.json")
     write_html(report, directory / "report.html")
     checksums = "".join(f"{file.sha256}  {file.name}\n" for file in files)
     (directory / "SHA256SUMS").write_text(checksums, encoding="ascii")
-    with MetricsWriter(directory / "metrics.jsonl") as metrics:
-        for values in layers:
-            metrics.write(**values)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ import torch
 from pipeline import __version__
 from pipeline.architecture import TensorSpec, layer_tensors
 from pipeline.checkpoint.journal import LayerRecord
-from pipeline.checkpoint.source import Source
 from pipeline.job import Job
 from pipeline.packing import STATISTICS
 from pipeline.plan import Plan, describe_format
 from pipeline.plan_ranks import packed_bytes
+from pipeline.preparation import Prepared
 from pipeline.report.records import ExpertCoverage, KindReport, KVAmax, LayerReport, RunReport
 from pipeline.schedule import tap_of
 from pipeline.sweep import LOSS, SCALARS
@@ -31,29 +30,20 @@ PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "safete
 
 
 def build_report(
-    job: Job,
-    plan: Plan,
-    source: Source,
-    records: Mapping[int | str, LayerRecord],
-    output: Path,
-    *,
-    audit: dict[str, object],
-    compute: str,
+    prepared: Prepared, records: Mapping[int | str, LayerRecord], *, audit: dict[str, object]
 ) -> RunReport:
     """Everything a finished run tells about itself.
 
     Args:
-        job: What was decided.
-        plan: What was promised.
-        source: Where it came from.
+        prepared: What was decided and promised.
         records: Committed units, as they were before the files got their final names.
-        output: The final directory.
         audit: What the audit found.
-        compute: Compute dtype and device, in words.
     """
+    job, plan = prepared.job, prepared.plan
+    compute = f"{str(prepared.dtype).removeprefix('torch.')} on {prepared.device.type}"
     report = RunReport(
-        source=str(source.directory),
-        output=str(output),
+        source=str(prepared.source.directory),
+        output=str(prepared.work.final),
         recipe=job.recipe.name,
         layers=[],
         bf16_bytes=plan.bf16_bytes,
@@ -87,22 +77,6 @@ def build_report(
         report.unigram_loss = _summary(loss)["unigram_loss"]
     report.warnings = _warnings(report, plan)
     return report
-
-
-def layer_metrics(job: Job, records: Mapping[int | str, LayerRecord]) -> Iterator[dict[str, Any]]:
-    """One line of metrics.jsonl per layer."""
-    for schedule in job.schedules:
-        record = records[schedule.layer]
-        summary = _summary(record)
-        yield {
-            "layer": schedule.layer,
-            "type": schedule.layer_type.value,
-            "tokens": summary.get("tokens", 0),
-            "seconds": summary.get("seconds", {}),
-            "peak_gib": summary.get("peak_gib"),
-            "bytes_written": sum(file.bytes for file in record.files),
-            "input_amax": summary.get("amax", {}),
-        }
 
 
 def _summary(record: LayerRecord) -> Mapping[str, Any]:

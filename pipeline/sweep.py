@@ -30,7 +30,7 @@ from pipeline.errors import SourceError
 from pipeline.job import Job
 from pipeline.packing import LayerPacker
 from pipeline.runtime.collectives import Ranks, barrier, broadcast_object
-from pipeline.runtime.progress import Progress, peak_memory_gib
+from pipeline.runtime.progress import Progress
 from pipeline.schedule import LayerSchedule, packs_expert
 from pipeline.sharding import Shard, shard_of
 from pipeline.weights import LayerSlot, LayerWeights, SlotWeights, StreamedWeights
@@ -167,11 +167,15 @@ class Sweep:
             statistics = self._forward(schedule, slot, seconds, observe=redo)
         if redo:
             statistics["seconds"] = dict(seconds)
-            statistics["peak_gib"] = peak_memory_gib(self.ranks.device)
             self._commit(schedule.layer, statistics)
-        phase = "calibrate" if redo else "pass through"
-        experts = _coverage(statistics)
-        self.progress.layer_done(schedule.layer, schedule.layer_type, phase=phase, experts=experts)
+        self.progress.layer_done(
+            schedule.layer,
+            schedule.layer_type,
+            phase="calibrate" if redo else "pass through",
+            experts=_coverage(statistics),
+            seconds=dict(seconds),
+            input_amax=statistics.get("amax", {}),
+        )
 
     def _pack_and_write(
         self,

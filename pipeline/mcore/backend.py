@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-from pipeline.mcore import cpu
+from pipeline.mcore import cpu, gpu
 from pipeline.sharding import Coordinates, ParallelDims
 
 
@@ -59,14 +59,17 @@ def start(
     Args:
         dims: The degrees; `dims.world` processes must call this.
         rank: This process's rank in the world.
-        device: A CPU device means gloo and the CPU stand-ins, a CUDA device NCCL.
+        device: A CPU device means gloo and the CPU stand-ins, a CUDA device NCCL and exact fp32.
         timeout_s: Seconds after which a collective fails.
         init_method: How the processes find each other; None means "env://" (as torchrun sets it),
             or, for a world of one, nothing at all.
     """
     if device.type == "cpu":
+        gpu.remove()
         cpu.install()
     else:
+        cpu.remove()
+        gpu.install()
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _init_world(dims.world, rank, device, timeout_s, init_method)
@@ -85,11 +88,12 @@ def start(
 
 
 def stop() -> None:
-    """Ends all process groups and removes the CPU stand-ins."""
+    """Ends all process groups and puts back what `start` replaced in third-party modules."""
     _drop_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
     cpu.remove()
+    gpu.remove()
 
 
 def _drop_groups() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,29 +29,51 @@ class Progress:
         device: Device whose peak memory is told.
         interval_s: Least seconds between two lines.
         enabled: False on ranks other than 0.
+        record: Takes the figures of every layer, spoken or not (metrics.jsonl); None drops them.
     """
 
     def __init__(
-        self, layers: int, tokens: int, device: torch.device, *, interval_s: float, enabled: bool
+        self,
+        layers: int,
+        tokens: int,
+        device: torch.device,
+        *,
+        interval_s: float,
+        enabled: bool,
+        record: Callable[..., None] | None = None,
     ) -> None:
         self.layers, self.tokens, self.device = layers, tokens, device
-        self.interval_s, self.enabled = interval_s, enabled
+        self.interval_s, self.enabled, self.record = interval_s, enabled, record
         self.started = time.monotonic()
         self.spoken = -interval_s
         self.done = 0
 
-    def layer_done(self, layer: int, kind: str, *, phase: str, experts: str = "") -> None:
-        """Counts a layer and says so, if it is time."""
+    def layer_done(
+        self, layer: int, kind: str, *, phase: str, experts: str = "", **figures: Any
+    ) -> None:
+        """Counts a layer, records its figures, and says so if it is time."""
         self.done += 1
+        if not self.enabled:
+            return
         elapsed = time.monotonic() - self.started
-        last = self.done == self.layers
-        if not self.enabled or (elapsed - self.spoken < self.interval_s and not last):
+        left = elapsed / self.done * (self.layers - self.done)
+        speed = self.tokens * self.done / max(elapsed, 1e-9) / self.layers
+        peak = peak_memory_gib(self.device)
+        if self.record is not None:
+            self.record(
+                phase=phase,
+                layer=layer,
+                type=str(kind),
+                done=self.done,
+                layers=self.layers,
+                tokens_per_s=speed,
+                peak_gib=peak,
+                left_s=left,
+                **figures,
+            )
+        if elapsed - self.spoken < self.interval_s and self.done < self.layers:
             return
         self.spoken = elapsed
-        left = elapsed / self.done * (self.layers - self.done)
-        speed = (
-            f"{self.tokens * self.done / elapsed / self.layers:,.0f} tok/s, " if self.tokens else ""
-        )
         logger.info(
             "%s: layer %d (%s), %d/%d, %speak %.2f GiB%s, %s left",
             phase,
@@ -57,8 +81,8 @@ class Progress:
             kind,
             self.done,
             self.layers,
-            speed,
-            peak_memory_gib(self.device),
+            f"{speed:,.0f} tok/s, " if self.tokens else "",
+            peak,
             experts,
             _clock(left),
         )

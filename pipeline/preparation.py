@@ -1,0 +1,216 @@
+"""Everything that is decided and checked before the ranks connect.
+
+In: the configuration and this process's place. Out: a `Prepared` run: the opened source, the job,
+the plan and the work directory; also the calibration tokens and the fingerprint. Only headers,
+configs and calibration text are read here, and everything that can be refused without reading
+weights is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import __version__
+from pipeline.architecture import Architecture
+from pipeline.calibration.data import check_token_ids, load_sequences
+from pipeline.calibration.token_file import is_token_file, load_token_file
+from pipeline.checkpoint.publish import WorkDirectory, check_output
+from pipeline.checkpoint.source import Source, open_source
+from pipeline.checkpoint.source_check import SourceCheck, check_source
+from pipeline.config import CalibrateConfig, ComputeDtype, Device, data_sources
+from pipeline.errors import ConfigError, LayersweepError
+from pipeline.job import Job, StoredTensor, build_job, find_refusals
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import load_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands, as the launcher says.
+
+    Attributes:
+        rank: Among all ranks.
+        world: Number of ranks.
+        local_rank: Among those of this node.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may start.
+
+    Attributes:
+        source: Opened and checked.
+        job: What was decided.
+        plan: What it promises.
+        work: Where it works, and what it will publish.
+        device: Of this rank.
+        dtype: Compute dtype of the forward pass.
+    """
+
+    source: Source
+    job: Job
+    plan: Plan
+    work: WorkDirectory
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepared:
+    """Opens and checks the source, decides the job, and refuses what cannot work.
+
+    Raises:
+        LayersweepError: The source, config.json, recipe, degrees, device or output cannot be used.
+    """
+    source = open_source(config.checkpoint)
+    architecture = Architecture.from_hf_config(source.config)
+    checked = check_source(source, architecture, cast=config.cast)
+    recipe = load_recipe(config.recipe, conf_dir / "recipe")
+    dims = config.parallel.dims(place.world, architecture.n_routed_experts)
+    job = build_job(architecture, dims, recipe, stored_tensors(source, checked))
+    refusals = find_refusals(job, config.calibration.seq_len)
+    if refusals:
+        raise _join(refusals)
+    device = _device(config, place)
+    dtype = _compute_dtype(config, device)
+    plan = make_plan(
+        job,
+        num_sequences=config.calibration.num_sequences,
+        seq_len=config.calibration.seq_len,
+        compute_bytes=dtype.itemsize,
+    )
+    work = check_output(Path(config.output), source.directory)
+    prepared = Prepared(source, job, plan, work, device, dtype)
+    if place.rank == 0:
+        _announce(prepared, config)
+    return prepared
+
+
+def stored_tensors(source: Source, checked: SourceCheck) -> dict[str, StoredTensor]:
+    """The source's tensors by logical name."""
+    stored = {}
+    for spec in checked.specs:
+        info = source.tensors[checked.source_name(spec)]
+        stored[spec.name] = StoredTensor(info.name, info.dtype, tuple(info.shape))
+    for name in checked.mtp:
+        info = source.tensors[name]
+        stored[name] = StoredTensor(info.name, info.dtype, tuple(info.shape))
+    return stored
+
+
+def load_tokens(config: CalibrateConfig, conf_dir: Path, prepared: Prepared) -> torch.Tensor:
+    """Calibration token ids, int64 [num_sequences, seq_len], checked against the vocabulary.
+
+    Raises:
+        DataError: Unreadable, too little, or ids that the model does not have.
+    """
+    size = config.calibration
+    if isinstance(config.data, str) and is_token_file(config.data):
+        ids = load_token_file(config.data, size.num_sequences, size.seq_len)
+    else:
+        ids = load_sequences(
+            data_sources(config.data, conf_dir / "data"),
+            prepared.source.directory,
+            num_sequences=size.num_sequences,
+            seq_len=size.seq_len,
+            seed=size.seed,
+        )
+    check_token_ids(ids, prepared.job.architecture.vocab_size)
+    return ids
+
+
+def fingerprint(
+    config: CalibrateConfig, prepared: Prepared, token_ids: torch.Tensor | None
+) -> Mapping[str, Any]:
+    """Everything that the output depends on; the layout is not among it."""
+    data = "" if token_ids is None else hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
+    return {
+        "layersweep": __version__,
+        "source": _source_digest(prepared.source),
+        "recipe": prepared.job.recipe.digest,
+        "calibration_tokens": data,
+        "loss_sequences": config.calibration.loss_sequences,
+        "compute_dtype": str(prepared.dtype).removeprefix("torch."),
+        "clamp_kv_scales": config.clamp_kv_scales,
+        "unobserved_input_scale": config.unobserved_input_scale,
+        "compare_to_max": config.compare_to_max,
+        "cast": config.cast,
+    }
+
+
+def _source_digest(source: Source) -> str:
+    """Digest of config.json, and of name, size, first and last 64 KiB of every weight file."""
+    digest = hashlib.sha256((source.directory / "config.json").read_bytes())
+    for path in sorted({info.path for info in source.tensors.values()}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(65536))
+            file.seek(max(0, size - 65536), os.SEEK_SET)
+            digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def _device(config: CalibrateConfig, place: Place) -> torch.device:
+    on_gpu = config.device is Device.cuda
+    if config.device is Device.auto:
+        on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            "device",
+            value=f"{torch.cuda.device_count()} GPUs for local rank {place.local_rank}",
+            rule="every rank needs a GPU of its own",
+            remedy="start fewer ranks on this node, or use device=cpu",
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def _compute_dtype(config: CalibrateConfig, device: torch.device) -> torch.dtype:
+    if config.compute_dtype is ComputeDtype.auto:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if config.compute_dtype is ComputeDtype.float32 else torch.bfloat16
+
+
+def _announce(prepared: Prepared, config: CalibrateConfig) -> None:
+    plan, work = prepared.plan, prepared.work
+    logger.info("source  %s", prepared.source.directory)
+    logger.info("recipe  %s; %s", plan.recipe, plan.layout)
+    logger.info(
+        "plan    %.1f GB -> %.1f GB, %.2f effective bits, %s",
+        plan.bf16_bytes / 1e9,
+        plan.quantized_bytes / 1e9,
+        plan.effective_bits,
+        f"{config.calibration.num_sequences} x {config.calibration.seq_len} calibration tokens"
+        if plan.needs_forward
+        else "no forward pass needed",
+    )
+    for pattern in plan.unmatched_patterns:
+        logger.warning("the recipe's pattern %r matches nothing in this model", pattern)
+    for note in plan.notes:
+        logger.warning("%s", note)
+    logger.info("output  %s (work directory %s)", work.final, work.root)
+
+
+def _join(refusals: list[LayersweepError]) -> LayersweepError:
+    """One error for all refusals, so that a user mends them together."""
+    if len(refusals) == 1:
+        return refusals[0]
+    joined = LayersweepError(f"{len(refusals)} reasons not to start")
+    joined.args = ("\n  - ".join([joined.what, *(str(error) for error in refusals)]),)
+    return joined

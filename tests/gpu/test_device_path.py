@@ -1,0 +1,280 @@
+"""The job on a GPU: the same layers, the same packed bytes, the same bits in every run."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.architecture import Architecture, LayerType, layer_tensors
+from pipeline.config import ComputeDtype, Device
+from pipeline.mcore import backend
+from pipeline.mcore.slots import Slot, build_slots
+from pipeline.sharding import ParallelDims
+from tests.e2e.harness import GOLDEN, is_activation_scalar, read_checkpoint
+from tests.gpu.jobs import activation_scalars, deviations, run_device_job
+from tests.unit.mcore.models import (
+    BASE,
+    SEQ_LEN,
+    VARIANTS,
+    Reference,
+    logits_of,
+    make_reference,
+    reader,
+)
+
+pytestmark = pytest.mark.gpu
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+RECIPES = {
+    "four_over_six": "models/nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16/ptq/nvfp4-4o6",
+    "nvfp4_default-kv_fp8": "general/ptq/nvfp4_default-kv_fp8",
+}
+# As wide as one GPU kernel's tile and more: where atomics and split sums would show.
+WIDE = {
+    **BASE,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "chunk_size": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 512,
+    "moe_latent_size": 512,
+    "moe_shared_expert_intermediate_size": 1024,
+    "intermediate_size": 1024,
+    "hybrid_override_pattern": "M*E-",
+}
+WIDE_TOKENS = 1024
+
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Reference]:
+    return {variant: make_reference(variant) for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def bf16_logits_on_cpu(references: dict[str, Reference]) -> dict[str, torch.Tensor]:
+    groups = backend.start(ParallelDims(), 0, CPU)
+    logits = {
+        name: _logits(reference, groups, CPU, torch.bfloat16)
+        for name, reference in references.items()
+    }
+    backend.stop()
+    return logits
+
+
+@pytest.fixture
+def on_gpu(bf16_logits_on_cpu: dict[str, torch.Tensor]) -> Iterator[backend.Groups]:
+    """Groups of one rank on the GPU; after the fixture that needs the CPU's stand-ins."""
+    yield backend.start(ParallelDims(), 0, GPU)
+    backend.stop()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp32_logits_match_transformers_on_cpu(
+    references: dict[str, Reference], on_gpu: backend.Groups, variant: str, record_property: Any
+) -> None:
+    reference = references[variant]
+    logits = _logits(reference, on_gpu, GPU, torch.float32)
+    difference = (logits - reference.logits).abs().max().item()
+    record_property("largest logit difference", f"{difference:.3g}")
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_logits_err_no_more_than_on_cpu(
+    references: dict[str, Reference],
+    bf16_logits_on_cpu: dict[str, torch.Tensor],
+    on_gpu: backend.Groups,
+    variant: str,
+    record_property: Any,
+) -> None:
+    """A token may take another expert where bf16 decides otherwise: hence the factor."""
+    reference = references[variant]
+    logits = _logits(reference, on_gpu, GPU, torch.bfloat16)
+    ours = _relative_error(logits, reference.logits)
+    on_cpu = _relative_error(bf16_logits_on_cpu[variant], reference.logits)
+    record_property("relative error", f"{ours:.3g} (CPU in bf16: {on_cpu:.3g})")
+    assert ours < 2.0 * on_cpu + 5e-3
+
+
+@pytest.mark.parametrize("layer", range(4), ids=["mamba", "attention", "moe", "mlp"])
+def test_wide_layer_in_bf16_is_right_and_repeats_bit_for_bit(
+    on_gpu: backend.Groups, layer: int, record_property: Any
+) -> None:
+    architecture = Architecture.from_hf_config(WIDE)
+    tensors = _random_layer(architecture, layer)
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(WIDE_TOKENS, 2, architecture.hidden_size, generator=generator).bfloat16()
+    results = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        slot = _slots(architecture, on_gpu, GPU, dtype, WIDE_TOKENS)[architecture.layers[layer]]
+        slot.fill(layer, reader(tensors))
+        runs = [slot.forward(hidden.to(GPU, dtype)) for _ in range(5)]
+        assert all(torch.equal(runs[0], run) for run in runs[1:])
+        results[dtype] = runs[0].float() - hidden.to(GPU).float()
+    error = _relative_error(results[torch.bfloat16], results[torch.float32])
+    record_property("relative error of bf16 against fp32", f"{error:.3g}")
+    assert error < 2e-2
+
+
+@pytest.fixture(scope="module")
+def cpu_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
+    root = tmp_path_factory.mktemp("cpu")
+    return {
+        name: _job(root / name, Device.cpu, ComputeDtype.float32, recipe=recipe)
+        for name, recipe in RECIPES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def gpu_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
+    """Recipes in fp32, and the first in bf16."""
+    root = tmp_path_factory.mktemp("gpu")
+    runs = {
+        name: _job(root / name, Device.cuda, ComputeDtype.float32, recipe=recipe)
+        for name, recipe in RECIPES.items()
+    }
+    runs["bf16"] = _job(
+        root / "bf16", Device.cuda, ComputeDtype.bfloat16, recipe=RECIPES["four_over_six"]
+    )
+    return runs
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fp32_job_equals_that_on_the_cpu(
+    cpu_runs: dict[str, Tensors], gpu_runs: dict[str, Tensors], name: str, record_property: Any
+) -> None:
+    _assert_same_weights(gpu_runs[name], cpu_runs[name])
+    ours = activation_scalars(gpu_runs[name])
+    from_cpu = deviations(ours, activation_scalars(cpu_runs[name]))
+    from_golden = deviations(ours, activation_scalars(read_checkpoint(GOLDEN / name)))
+    record_property("scalars from the CPU's", f"{from_cpu[-1]:.3g} of {len(from_cpu)} at most")
+    record_property("scalars from the golden export's", f"{from_golden[-1]:.3g} at most")
+    assert max(from_cpu[-1], from_golden[-1]) < 1e-3
+
+
+def test_bf16_job_packs_the_same_weights(
+    cpu_runs: dict[str, Tensors], gpu_runs: dict[str, Tensors], record_property: Any
+) -> None:
+    _assert_same_weights(gpu_runs["bf16"], cpu_runs["four_over_six"])
+    found = deviations(
+        activation_scalars(gpu_runs["bf16"]), activation_scalars(cpu_runs["four_over_six"])
+    )
+    record_property("bf16 scalars from the CPU's fp32", _summary(found))
+    assert found[len(found) // 2] < 2e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_process_gives_the_same_bytes(
+    gpu_runs: dict[str, Tensors], dtype: str, tmp_path: Path
+) -> None:
+    again = _job(
+        tmp_path / "out", Device.cuda, ComputeDtype(dtype), recipe=RECIPES["four_over_six"]
+    )
+    assert again == gpu_runs["four_over_six" if dtype == "float32" else "bf16"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "degrees",
+    [{"ep": 2}, {"tp": 2, "ep": 1}, {"ep": 1}, {"tp": 2, "ep": 2}, {"etp": 2, "ep": 1}],
+    ids=lambda degrees: "-".join(f"{name}{degree}" for name, degree in degrees.items()),
+)
+def test_two_ranks_give_the_same_bytes(
+    gpu_runs: dict[str, Tensors],
+    degrees: dict[str, int],
+    dtype: str,
+    tmp_path: Path,
+    record_property: Any,
+) -> None:
+    ours = _job(
+        tmp_path / "out",
+        Device.cuda,
+        ComputeDtype(dtype),
+        world=2,
+        recipe=RECIPES["four_over_six"],
+        **degrees,
+    )
+    expected = gpu_runs["four_over_six" if dtype == "float32" else "bf16"]
+    _assert_same_weights(ours, expected)
+    found = deviations(activation_scalars(ours), activation_scalars(expected))
+    record_property("scalars from one rank's", _summary(found))
+    assert found[-1] < (1e-3 if dtype == "float32" else math.inf)
+
+
+def _logits(
+    reference: Reference, groups: backend.Groups, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """fp32 [batch, seq, vocab] on the CPU; the layers run on `device`, norm and head on the CPU."""
+    slots = _slots(reference.architecture, groups, device, dtype, SEQ_LEN)
+    hidden = F.embedding(reference.ids, reference.tensors["backbone.embeddings.weight"])
+    hidden = hidden.transpose(0, 1).contiguous().to(device, dtype)
+    for layer, layer_type in enumerate(reference.architecture.layers):
+        slots[layer_type].fill(layer, reader(reference.tensors))
+        hidden = slots[layer_type].forward(hidden)
+    assert hidden.dtype is dtype
+    return logits_of(reference, hidden.float().cpu())
+
+
+def _slots(
+    architecture: Architecture,
+    groups: backend.Groups,
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+) -> dict[LayerType, Slot]:
+    return build_slots(
+        architecture, groups.dims, 0, groups, device=device, compute_dtype=dtype, seq_len=seq_len
+    )
+
+
+def _random_layer(architecture: Architecture, layer: int) -> dict[str, torch.Tensor]:
+    """Weights in bf16 of realistic scale."""
+    generator = torch.Generator().manual_seed(layer)
+    tensors = {}
+    for spec in layer_tensors(architecture, layer):
+        tensor = torch.randn(spec.shape, generator=generator)
+        if spec.name.endswith("A_log"):
+            tensor = (tensor.abs() + 1.0).log()
+        elif spec.name.endswith("norm.weight"):
+            tensor = 1.0 + 0.1 * tensor
+        elif tensor.ndim == 2:
+            tensor /= math.sqrt(spec.shape[-1])
+        else:
+            tensor *= 0.3
+        tensors[spec.name] = tensor.bfloat16()
+    return tensors
+
+
+def _job(output: Path, device: Device, dtype: ComputeDtype, **options: Any) -> Tensors:
+    run_device_job(output, device, dtype, clamp_kv_scales=False, **options)
+    return read_checkpoint(output)
+
+
+def _assert_same_weights(ours: Tensors, expected: Tensors) -> None:
+    assert set(ours) == set(expected)
+    for name in ours:
+        if not is_activation_scalar(name):
+            assert ours[name] == expected[name], name
+
+
+def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+def _summary(found: list[float]) -> str:
+    median = found[len(found) // 2]
+    return f"median {median:.2%}, largest {found[-1]:.2%} of {len(found)}"
