@@ -16,6 +16,7 @@ from pipeline.calibrate import calibrate
 from pipeline.config import register_schemas, to_dataclass, to_yaml
 from pipeline.publication import REPORT_DIRECTORY
 from pipeline.report.terminal import print_report
+from pipeline.runtime.collectives import disconnect
 from pipeline.runtime.logs import set_up_logging
 
 
@@ -33,6 +34,7 @@ def _compose(composed: DictConfig) -> None:
         config = to_dataclass(composed)
         set_up_logging(place.rank, verbose=config.verbose)
         report = calibrate(config, CONF_DIR, place, to_yaml(composed))
+        disconnect()
         if report is not None:
             directory = Path(report.output) / REPORT_DIRECTORY
             names = {"report": "report.html", "run": "run.json", "metrics": "metrics.jsonl"}

@@ -160,6 +160,7 @@ class Sweep:
         with _timed(seconds, "fill"):
             if slot is not None:
                 slot.fill(schedule.layer, _lookup(shards))
+                shards.clear()  # the slot has them now; only the next layer's wait in memory
         if redo:
             self._pack_and_write(schedule, slot, shards, seconds)
         statistics: dict[str, object] = {}

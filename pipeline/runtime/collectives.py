@@ -98,3 +98,9 @@ def barrier(group: Group | None) -> None:
     """Waits until every rank of `group` is here."""
     if size(group) > 1:
         dist.barrier(group)
+
+
+def disconnect() -> None:
+    """Ends the process groups, where there are any; nothing may be sent afterwards."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

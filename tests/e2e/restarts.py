@@ -210,7 +210,8 @@ def assert_same_run(run: Run, expected: Path) -> None:
     """Byte-identical, nothing left over."""
     ours, theirs = published(run.output), published(expected)
     assert set(ours) == set(theirs)
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    changed = [name for name in ours if ours[name] != theirs[name]]
+    assert not changed, f"other bytes in {changed}"
     assert losses(run.output) == losses(expected)
     assert losses(expected)
     assert not run.partial.exists()

@@ -1,5 +1,6 @@
 """The wheel works away from the repository: commands, conf/ and the demo model travel with it."""
 
+import json
 import os
 import shutil
 import site
@@ -66,17 +67,31 @@ def test_wheel_holds_every_preset_and_the_demo_model(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs_from_any_directory_and_finds_conf(
-    command: str, installed: Path, tmp_path: Path
-) -> None:
+def test_command_runs_from_any_directory(command: str, installed: Path, tmp_path: Path) -> None:
     output = _run(installed / "bin" / command, "--help", cwd=tmp_path)
-    if command == "layersweep-verify":
-        assert "source" in output
-    else:
-        presets = [path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")]
-        assert presets
-        assert [name for name in presets if name not in output] == []
+    jobs = {"layersweep-calibrate": "checkpoint: ???", "layersweep-verify": "directory: ???"}
+    assert jobs.get(command, "model: null") in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_of_the_demo_model_away_from_the_repository(installed: Path, tmp_path: Path) -> None:
+    command = installed / "bin" / "layersweep-plan"
+    values = json.loads(
+        _run(command, "model=demo", "recipe=nvfp4_max", "output=json", cwd=tmp_path)
+    )
+    assert values["refusals"] == []
+    assert values["quantized_gb"] < values["bf16_gb"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("group", ["model", "recipe"])
+def test_presets_are_found_in_the_wheel(group: str, installed: Path, tmp_path: Path) -> None:
+    words = ["model=demo", "recipe=nvfp4_max"]
+    words[("model", "recipe").index(group)] = f"{group}=no_such_name"
+    output = _run(installed / "bin" / "layersweep-plan", *words, cwd=tmp_path, status=2)
+    presets = [path.stem for path in (ROOT / "conf" / group).glob("*.yaml")]
+    assert presets
+    assert [name for name in presets if name not in output] == []
 
 
 def test_imports_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -85,7 +100,7 @@ def test_imports_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
         assert Path(origin).is_relative_to(installed)
 
 
-def _run(*command: object, cwd: Path) -> str:
+def _run(*command: object, cwd: Path, status: int = 0) -> str:
     """Runs a command with nothing of the repository on its path; returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -97,5 +112,5 @@ def _run(*command: object, cwd: Path) -> str:
         check=False,
         timeout=300,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stderr if status else done.stdout

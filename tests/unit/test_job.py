@@ -27,7 +27,7 @@ WIDE: dict[str, Any] = {
 }
 
 
-def job_of(recipe: str = "nvfp4_max", dims: ParallelDims | None = None, **changes: Any) -> Job:
+def job_of(recipe: str = "nvfp4_four_over_six", dims: ParallelDims | None = None, **changes: Any) -> Job:
     architecture = Architecture.from_hf_config(tiny_config(**WIDE | changes))
     stored = estimate_stored(architecture)
     return build_job(
