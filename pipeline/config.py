@@ -62,7 +62,7 @@ class ParallelConfig:
         ep = self.ep
         if ep is None:
             ep = math.gcd(world // self.etp, experts) if experts and self.etp > 0 else 1
-        return ParallelDims(world=world, tp=self.tp, ep=max(ep, 1), etp=self.etp)
+        return ParallelDims(world=world, tp=self.tp, ep=ep, etp=self.etp)
 
 
 @dataclass(kw_only=True)

@@ -103,9 +103,8 @@ class LayerPacker:
         shards = [self._shard(item.spec) for item in items]
         local = [weights.weight(item.spec.name) for item in items]
         amax = torch.stack([tensor_amax(weight) for weight in local])
+        self._check_finite([item.spec.name for item in items], amax)
         amax = reduce_max(amax, self.ranks.tp).cpu()
-        for item, value in zip(items, amax, strict=True):
-            self._check_finite(item.spec.name, value)
         amax = _share_in_fused_groups(items, amax)
         amax = self._choose_dense_fp8(items, shards, local, amax)
         for item, shard, weight, value in zip(items, shards, local, amax, strict=True):
@@ -195,9 +194,9 @@ class LayerPacker:
         prefix = f"backbone.layers.{schedule.layer}.mixer.experts"
         names = [f"{prefix}.{first + e}.{projection}" for e in mine]
         stack = weights.experts(projection, mine)
-        amax = reduce_max(tensor_amax(stack), self.ranks.etp)
-        for name, value in zip(names, amax.cpu(), strict=True):
-            self._check_finite(f"{name}.weight", value)
+        amax = tensor_amax(stack)
+        self._check_finite([f"{name}.weight" for name in names], amax)
+        amax = reduce_max(amax, self.ranks.etp)
         if module_format.fp8_multipliers:
             errors = fp8_squared_errors(stack, amax, module_format.fp8_multipliers)
             errors = reduce_sum(errors, self.ranks.etp)
@@ -257,14 +256,16 @@ class LayerPacker:
         )
         return [tuple(row) for row in torch.stack([v.double() for v in values], 1).tolist()]
 
-    def _check_finite(self, name: str, amax: torch.Tensor) -> None:
-        if not bool(amax.isfinite()):
-            raise NumericsError(
-                f"{name} (rank {self.ranks.rank})",
-                value="NaN or Inf",
-                rule="every weight must be finite",
-                remedy="replace the source checkpoint; its weights are corrupt",
-            )
+    def _check_finite(self, names: list[str], amax: torch.Tensor) -> None:
+        """Looks at this rank's own amax, before a reduction: so the rank at fault says so."""
+        for name, is_finite in zip(names, amax.isfinite().tolist(), strict=True):
+            if not is_finite:
+                raise NumericsError(
+                    f"{name} (rank {self.ranks.rank})",
+                    value="NaN or Inf",
+                    rule="every weight must be finite",
+                    remedy="replace the source checkpoint; its weights are corrupt",
+                )
 
     def _shard(self, spec: TensorSpec) -> Shard:
         shard = shard_of(spec, self.architecture, self.dims, self.ranks.rank)

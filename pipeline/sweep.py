@@ -19,14 +19,14 @@ import torch
 from pipeline.architecture import LayerType, TensorSpec, layer_tensors
 from pipeline.calibration.choose import choose_scalars
 from pipeline.calibration.hidden import HiddenStore, MicroBatch
-from pipeline.calibration.loss import next_token_loss, unigram_loss
+from pipeline.calibration.loss import next_token_loss, refuse_nonfinite_loss, unigram_loss
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import reduce_statistics, refuse_nonfinite
 from pipeline.checkpoint.journal import Journal, LayerRecord
+from pipeline.checkpoint.passthrough import take_copy
 from pipeline.checkpoint.read_ahead import ReadAhead, Request
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.writer import FileRecord, Writable, write_safetensors
-from pipeline.errors import SourceError
 from pipeline.job import Job
 from pipeline.packing import LayerPacker
 from pipeline.runtime.collectives import Ranks, barrier, broadcast_object
@@ -126,6 +126,7 @@ class Sweep:
             sequences=sequences,
             ranks=self.ranks,
         )
+        refuse_nonfinite_loss(loss)  # before it is recorded: a restart measures again
         unigrams = unigram_loss(self.store.token_ids, architecture.vocab_size, sequences)
         self.journal.write_part(LOSS, self._part, [], {})
         self._commit(LOSS, {"loss": loss, "unigram_loss": unigrams})
@@ -148,7 +149,7 @@ class Sweep:
         files: list[FileRecord] = []
         for number, names in enumerate(self._by_size(mine)):
             path = self.files / f"{OUTER}-{number:03d}-rank-{self.ranks.rank:05d}.safetensors"
-            files.append(write_safetensors(path, {n: self._raw(n) for n in names}))
+            files.append(write_safetensors(path, dict(map(self._copy, names))))
         self.journal.write_part(OUTER, self._part, files, {})
         self._commit(OUTER, {})
 
@@ -198,7 +199,8 @@ class Sweep:
             tensors: dict[str, Writable] = dict(packed.tensors)
             for spec, rank in schedule.copies:
                 if rank == self.ranks.rank:
-                    tensors[spec.name] = self._raw(spec.name)
+                    name, tensor = self._copy(spec.name)
+                    tensors[name] = tensor
             files = []
             if tensors:
                 name = f"layer-{schedule.layer:05d}-rank-{self.ranks.rank:05d}.safetensors"
@@ -285,13 +287,10 @@ class Sweep:
             tensor = tensor.bfloat16()
         return tensor
 
-    def _raw(self, name: str) -> Writable:
-        """A tensor of the source as it lies in its file."""
+    def _copy(self, name: str) -> tuple[str, Writable]:
+        """A tensor that keeps the source's bytes, under the name that it has there."""
         source_name = self.job.stored[name].name
-        info = self.source.tensors.get(source_name)
-        if info is None:
-            raise SourceError(source_name, rule="must be in the source", remedy="fetch it again")
-        return info
+        return source_name, take_copy(self.source, source_name, self.ranks.rank)
 
     def _by_size(self, names: list[str]) -> list[list[str]]:
         """Groups of names whose bytes stay below the limit for one file."""

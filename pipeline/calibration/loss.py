@@ -7,6 +7,8 @@ unseen: a model that does worse than frequencies has not been read right, or is 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from pipeline.calibration.hidden import HiddenStore
@@ -56,6 +58,22 @@ def unigram_loss(token_ids: torch.Tensor, vocab_size: int, sequences: int) -> fl
     counts = torch.bincount(token_ids.flatten(), minlength=vocab_size).double() + 1
     log_probabilities = (counts / counts.sum()).log()
     return float(-log_probabilities[token_ids[:sequences, 1:]].mean())
+
+
+def refuse_nonfinite_loss(loss: float) -> None:
+    """Refuses a loss that is no number.
+
+    Raises:
+        NumericsError: NaN or Inf: hidden states, the final norm or the head overflowed.
+    """
+    if not math.isfinite(loss):
+        raise NumericsError(
+            "BF16 next-token loss on the calibration text",
+            value=loss,
+            rule="must be finite: the last layer's output, backbone.norm_f or the head hold NaN "
+            "or Inf",
+            remedy="check those source tensors; with compute_dtype=bfloat16 try float32",
+        )
 
 
 def check_loss(loss: float, of_unigrams: float, *, allow_bad_loss: bool) -> None:

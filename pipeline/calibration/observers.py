@@ -45,7 +45,7 @@ class AmaxObserver:
         """Takes in a tensor of any shape; NaN counts as inf, so that it cannot get lost."""
         if x.numel():
             amax = torch.linalg.vector_norm(x, torch.inf).float()
-            amax = torch.nan_to_num(amax, nan=torch.inf)
+            amax = torch.nan_to_num(amax, nan=torch.inf, posinf=torch.inf)
             torch.maximum(self.statistic.values, amax, out=self.statistic.values)
 
 

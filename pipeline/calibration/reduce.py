@@ -41,11 +41,10 @@ def refuse_nonfinite(
         return
     seen = [s.name for s in statistics if s.name in bad and not s.values.isfinite().all()]
     everyone = gather_objects(seen, ranks.world)
-    culprits = {name: [r for r, names in enumerate(everyone) if name in names] for name in bad}
+    culprits = [rank for rank, names in enumerate(everyone) if names]
     raise NumericsError(
         f"layer {layer}: input activations of {', '.join(bad)}",
-        value="NaN or Inf"
-        + "".join(f" (rank {', '.join(map(str, at))})" for at in culprits.values() if at)[:200],
+        value="NaN or Inf" + (f" (rank {', '.join(map(str, culprits))})" if culprits else ""),
         rule="calibration needs finite activations",
         remedy="check the source weights of this layer and of those before it; "
         "with compute_dtype=bfloat16 try float32",

@@ -99,7 +99,12 @@ def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[
                 )
             text = file.read(length)
     except OSError as problem:
-        raise error(str(path), value=problem.strerror, rule="must be readable") from problem
+        raise error(
+            str(path),
+            value=problem.strerror,
+            rule="must be readable",
+            remedy="fetch it again (a link of the Hub cache may lead nowhere), or mend its rights",
+        ) from problem
     try:
         entries = json.loads(text, object_pairs_hook=_no_duplicates)
         entries.pop("__metadata__", None)
@@ -217,6 +222,7 @@ def _check_offsets(
                 f"{path}: {info.name}",
                 value=f"dtype {info.dtype}",
                 rule="known dtypes are " + ", ".join(TORCH_DTYPES),
+                remedy="use a checkpoint in BF16",
             )
         if info.nbytes != info.elements * dtype.itemsize:
             raise error(

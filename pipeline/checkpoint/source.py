@@ -67,7 +67,7 @@ class Source:
         Raises:
             SourceError: No such tensor, a shard that does not fit it, or the file ended early.
         """
-        info = self._info(name)
+        info = self.info(name)
         return read_shard(self._files.descriptor(info.path), info, shard)
 
     def raw(self, name: str) -> memoryview:
@@ -76,7 +76,7 @@ class Source:
         To copy a tensor into a file, give its `TensorInfo` to `write_safetensors` instead: that
         copies it piece by piece.
         """
-        info = self._info(name)
+        info = self.info(name)
         flat = dataclasses.replace(info, dtype="U8", shape=(info.nbytes,))
         tensor = read_shard(self._files.descriptor(info.path), flat, None)
         return memoryview(tensor.numpy())
@@ -85,11 +85,19 @@ class Source:
         """Closes the files; a later read opens them again."""
         self._files.close()
 
-    def _info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
+        """Place, dtype and shape of one tensor.
+
+        Raises:
+            SourceError: No such tensor.
+        """
         info = self.tensors.get(name)
         if info is None:
             raise SourceError(
-                f"{self.directory}: {name}", value="no such tensor", rule="must be present"
+                f"{self.directory}: {name}",
+                value="no such tensor",
+                rule="must be present",
+                remedy="fetch the checkpoint again, whole",
             )
         return info
 
@@ -144,13 +152,20 @@ def read_json(path: Path, rule: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise SourceError(str(path), value=problem.strerror, rule=rule) from problem
+        raise SourceError(
+            str(path), value=problem.strerror, rule=rule, remedy="fetch the file again"
+        ) from problem
     except ValueError as problem:
         raise SourceError(
             str(path), value=f"invalid JSON ({problem})", rule=rule, remedy="fetch the file again"
         ) from problem
     if not isinstance(value, dict):
-        raise SourceError(str(path), value=type(value).__name__, rule="must be a JSON object")
+        raise SourceError(
+            str(path),
+            value=type(value).__name__,
+            rule="must be a JSON object",
+            remedy="fetch the file again",
+        )
     return value
 
 

@@ -7,6 +7,7 @@ Installing twice is harmless; `remove` puts the originals back.
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -14,12 +15,20 @@ from megatron.core.ssm import mamba_mixer
 
 from pipeline.mcore import ssd
 
-# Kernels of mamba_ssm's forward scan, by module below mamba_ssm.ops.triton.
-_SCAN_KERNELS = {
-    "ssd_bmm": ("_bmm_chunk_fwd_kernel",),
-    "ssd_chunk_scan": ("_chunk_scan_fwd_kernel",),
-    "ssd_chunk_state": ("_chunk_cumsum_fwd_kernel", "_chunk_state_fwd_kernel"),
-    "ssd_state_passing": ("_state_passing_fwd_kernel",),
+# The kernels of mamba_ssm's forward scan, by module below mamba_ssm.ops.triton, with the tiles that
+# each is to use: what the kernels' own timing chose on an H100 at the width of Nemotron 3 Ultra.
+_SCAN_KERNELS: dict[str, dict[str, dict[str, int]]] = {
+    "ssd_bmm": {
+        "_bmm_chunk_fwd_kernel": {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32}
+    },
+    "ssd_chunk_scan": {
+        "_chunk_scan_fwd_kernel": {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32}
+    },
+    "ssd_chunk_state": {
+        "_chunk_cumsum_fwd_kernel": {"BLOCK_SIZE_H": 16},
+        "_chunk_state_fwd_kernel": {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32},
+    },
+    "ssd_state_passing": {"_state_passing_fwd_kernel": {"BLOCK_SIZE": 2048}},
 }
 
 
@@ -64,16 +73,22 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.backends.cudnn, "allow_tf32", False),
         (torch.backends.cuda.matmul, "allow_tf32", False),
         # The kernels choose their tiles by timing them, in every process anew; other tiles add in
-        # another order. One choice, the first on their list, gives the same bits every time.
-        *((tuner, "configs", tuner.configs[:1]) for tuner in _autotuned_kernels()),
+        # another order. With one choice left they have nothing to time, and no other bits.
+        *((tuner, "configs", [config]) for tuner, config in _pinned_kernels()),
     ]
 
 
-def _autotuned_kernels() -> list[Any]:
+def _pinned_kernels() -> list[tuple[Any, Any]]:
+    """Each kernel's autotuner, and the entry of its list that it is to use."""
     if not mamba_mixer.HAVE_MAMBA_SSM:
         return []
-    kernels: list[Any] = []
-    for module, names in _SCAN_KERNELS.items():
+    pinned = []
+    for module, kernels in _SCAN_KERNELS.items():
         owner = importlib.import_module(f"mamba_ssm.ops.triton.{module}")
-        kernels.extend(getattr(owner, name) for name in names)
-    return kernels
+        for name, tiles in kernels.items():
+            tuner = getattr(owner, name)
+            matching = [config for config in tuner.configs if config.kwargs == tiles]
+            # A release of mamba_ssm without these tiles: its smallest fit every GPU.
+            config = min(matching or tuner.configs, key=lambda c: math.prod(c.kwargs.values()))
+            pinned.append((tuner, config))
+    return pinned

@@ -1,8 +1,10 @@
 """Degrees, recipes and command lines that are refused before the sweep."""
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -255,6 +257,18 @@ def test_unknown_recipe(source: Path) -> None:
 # --- the command line
 
 
+@pytest.fixture
+def _logging_as_before() -> Iterator[None]:
+    """Takes back what the command does to the loggers of this process."""
+    loggers = [logging.getLogger(name) for name in (None, "pipeline", "launch")]
+    before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -271,6 +285,7 @@ def test_unknown_recipe(source: Path) -> None:
     ],
     ids=["option", "nested-option", "type", "range", "mandatory", "source"],
 )
+@pytest.mark.usefixtures("_logging_as_before")
 def test_command_line(
     arguments: list[str],
     status: int,

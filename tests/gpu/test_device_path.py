@@ -16,19 +16,19 @@ from pipeline.mcore.slots import Slot, build_slots
 from pipeline.sharding import ParallelDims
 from tests.e2e.harness import GOLDEN, is_activation_scalar, read_checkpoint
 from tests.gpu.jobs import activation_scalars, deviations, run_device_job
+from tests.gpu.references import make_references
 from tests.unit.mcore.models import (
     BASE,
     SEQ_LEN,
     VARIANTS,
     Reference,
     logits_of,
-    make_reference,
     reader,
 )
 
 pytestmark = pytest.mark.gpu
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 RECIPES = {
     "four_over_six": "models/nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16/ptq/nvfp4-4o6",
     "nvfp4_default-kv_fp8": "general/ptq/nvfp4_default-kv_fp8",
@@ -59,34 +59,29 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, Reference]:
-    return {variant: make_reference(variant) for variant in VARIANTS}
-
-
-@pytest.fixture(scope="module")
-def bf16_logits_on_cpu(references: dict[str, Reference]) -> dict[str, torch.Tensor]:
-    groups = backend.start(ParallelDims(), 0, CPU)
-    logits = {
-        name: _logits(reference, groups, CPU, torch.bfloat16)
-        for name, reference in references.items()
-    }
-    backend.stop()
-    return logits
+def references(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Reference, torch.Tensor]]:
+    """transformers' models and logits in fp32, and ours in bf16, both from the CPU."""
+    return make_references(tmp_path_factory.mktemp("references") / "references.pt")
 
 
 @pytest.fixture
-def on_gpu(bf16_logits_on_cpu: dict[str, torch.Tensor]) -> Iterator[backend.Groups]:
-    """Groups of one rank on the GPU; after the fixture that needs the CPU's stand-ins."""
+def on_gpu() -> Iterator[backend.Groups]:
+    """Groups of one rank."""
     yield backend.start(ParallelDims(), 0, GPU)
     backend.stop()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fp32_logits_match_transformers_on_cpu(
-    references: dict[str, Reference], on_gpu: backend.Groups, variant: str, record_property: Any
+    references: dict[str, tuple[Reference, torch.Tensor]],
+    on_gpu: backend.Groups,
+    variant: str,
+    record_property: Any,
 ) -> None:
-    reference = references[variant]
-    logits = _logits(reference, on_gpu, GPU, torch.float32)
+    reference, _ = references[variant]
+    logits = _logits(reference, on_gpu, torch.float32)
     difference = (logits - reference.logits).abs().max().item()
     record_property("largest logit difference", f"{difference:.3g}")
     assert difference < 1e-4
@@ -94,17 +89,16 @@ def test_fp32_logits_match_transformers_on_cpu(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bf16_logits_err_no_more_than_on_cpu(
-    references: dict[str, Reference],
-    bf16_logits_on_cpu: dict[str, torch.Tensor],
+    references: dict[str, tuple[Reference, torch.Tensor]],
     on_gpu: backend.Groups,
     variant: str,
     record_property: Any,
 ) -> None:
     """A token may take another expert where bf16 decides otherwise: hence the factor."""
-    reference = references[variant]
-    logits = _logits(reference, on_gpu, GPU, torch.bfloat16)
+    reference, logits_on_cpu = references[variant]
+    logits = _logits(reference, on_gpu, torch.bfloat16)
     ours = _relative_error(logits, reference.logits)
-    on_cpu = _relative_error(bf16_logits_on_cpu[variant], reference.logits)
+    on_cpu = _relative_error(logits_on_cpu, reference.logits)
     record_property("relative error", f"{ours:.3g} (CPU in bf16: {on_cpu:.3g})")
     assert ours < 2.0 * on_cpu + 5e-3
 
@@ -119,7 +113,7 @@ def test_wide_layer_in_bf16_is_right_and_repeats_bit_for_bit(
     hidden = torch.randn(WIDE_TOKENS, 2, architecture.hidden_size, generator=generator).bfloat16()
     results = {}
     for dtype in (torch.bfloat16, torch.float32):
-        slot = _slots(architecture, on_gpu, GPU, dtype, WIDE_TOKENS)[architecture.layers[layer]]
+        slot = _slots(architecture, on_gpu, dtype, WIDE_TOKENS)[architecture.layers[layer]]
         slot.fill(layer, reader(tensors))
         runs = [slot.forward(hidden.to(GPU, dtype)) for _ in range(5)]
         assert all(torch.equal(runs[0], run) for run in runs[1:])
@@ -215,13 +209,11 @@ def test_two_ranks_give_the_same_bytes(
     assert found[-1] < (1e-3 if dtype == "float32" else math.inf)
 
 
-def _logits(
-    reference: Reference, groups: backend.Groups, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """fp32 [batch, seq, vocab] on the CPU; the layers run on `device`, norm and head on the CPU."""
-    slots = _slots(reference.architecture, groups, device, dtype, SEQ_LEN)
+def _logits(reference: Reference, groups: backend.Groups, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 [batch, seq, vocab] on the CPU; the layers run on the GPU, norm and head on the CPU."""
+    slots = _slots(reference.architecture, groups, dtype, SEQ_LEN)
     hidden = F.embedding(reference.ids, reference.tensors["backbone.embeddings.weight"])
-    hidden = hidden.transpose(0, 1).contiguous().to(device, dtype)
+    hidden = hidden.transpose(0, 1).contiguous().to(GPU, dtype)
     for layer, layer_type in enumerate(reference.architecture.layers):
         slots[layer_type].fill(layer, reader(reference.tensors))
         hidden = slots[layer_type].forward(hidden)
@@ -232,12 +224,11 @@ def _logits(
 def _slots(
     architecture: Architecture,
     groups: backend.Groups,
-    device: torch.device,
     dtype: torch.dtype,
     seq_len: int,
 ) -> dict[LayerType, Slot]:
     return build_slots(
-        architecture, groups.dims, 0, groups, device=device, compute_dtype=dtype, seq_len=seq_len
+        architecture, groups.dims, 0, groups, device=GPU, compute_dtype=dtype, seq_len=seq_len
     )
 
 

@@ -59,9 +59,7 @@ def test_both_vocabularies_may_stand_side_by_side_if_they_agree() -> None:
         num_hidden_layers=4, hybrid_override_pattern="ME*-", layers_block_type=names
     )
     assert Architecture.from_hf_config(config).layers == (M, E, A, F)
-    message = refused(
-        num_hidden_layers=4, hybrid_override_pattern="ME-*", layers_block_type=names
-    )
+    message = refused(num_hidden_layers=4, hybrid_override_pattern="ME-*", layers_block_type=names)
     assert "layers_block_type with 4 layers and hybrid_override_pattern with 4 layers" in message
     assert "they must describe the same layers" in message
 

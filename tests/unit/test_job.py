@@ -27,12 +27,12 @@ WIDE: dict[str, Any] = {
 }
 
 
-def job_of(recipe: str = "nvfp4_four_over_six", dims: ParallelDims | None = None, **changes: Any) -> Job:
+def job_of(
+    recipe: str = "nvfp4_four_over_six", dims: ParallelDims | None = None, **changes: Any
+) -> Job:
     architecture = Architecture.from_hf_config(tiny_config(**WIDE | changes))
     stored = estimate_stored(architecture)
-    return build_job(
-        architecture, dims or ParallelDims(), load_recipe(recipe, PRESETS), stored
-    )
+    return build_job(architecture, dims or ParallelDims(), load_recipe(recipe, PRESETS), stored)
 
 
 def refusals(job: Job, seq_len: int = 64) -> list[LayersweepError]:
@@ -104,8 +104,10 @@ def test_tensors_outside_the_layers_are_spread_by_size() -> None:
     names = [name for name, _ in job.outer]
     assert names[:2] == ["backbone.embeddings.weight", "backbone.norm_f.weight"]
     assert "lm_head.weight" in names
-    assert len(names) == len(set(names)) == sum(
-        not name.startswith("backbone.layers.") for name in job.stored
+    assert (
+        len(names)
+        == len(set(names))
+        == sum(not name.startswith("backbone.layers.") for name in job.stored)
     )
     assert {rank for _, rank in job.outer} == {0, 1, 2}
     load = [0, 0, 0]

@@ -116,9 +116,10 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         a.dtype is b.dtype
         and a.shape == b.shape
-        and a.contiguous().flatten().view(torch.uint8).equal(
-            b.contiguous().flatten().view(torch.uint8)
-        )
+        and a.contiguous()
+        .flatten()
+        .view(torch.uint8)
+        .equal(b.contiguous().flatten().view(torch.uint8))
     )
 
 
@@ -173,7 +174,9 @@ def test_a_tensor_of_its_own_is_what_the_public_function_gives() -> None:
 
 def test_query_key_value_share_one_scale() -> None:
     for choose, scale in ((mixed, "weight_scale_2"), (swapped, "weight_scale")):
-        weights = WEIGHTS | {f"{ATTENTION}.k_proj.weight": WEIGHTS[f"{ATTENTION}.k_proj.weight"] * 8}
+        weights = WEIGHTS | {
+            f"{ATTENTION}.k_proj.weight": WEIGHTS[f"{ATTENTION}.k_proj.weight"] * 8
+        }
         tensors, _ = pack(choose, ParallelDims(), ONE, 0, weights)
         scales = {float(tensors[f"{ATTENTION}.{x}_proj.{scale}"]) for x in "qkv"}
         assert len(scales) == 1
@@ -213,9 +216,7 @@ def test_an_all_zero_expert_stays_zero() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(
-    "name", [f"{EXPERTS}.3.down_proj.weight", f"{ATTENTION}.v_proj.weight"]
-)
+@pytest.mark.parametrize("name", [f"{EXPERTS}.3.down_proj.weight", f"{ATTENTION}.v_proj.weight"])
 def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
     weight = WEIGHTS[name].clone()
     weight[5, 7] = value
@@ -225,7 +226,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float
 
 
 def pack_on_ranks(rank: int, layouts: list[dict[str, int]], choose: Any) -> list[Any]:
-    """Packs this rank's part under every layout; tensors travel as bytes (float8 does not pickle)."""
+    """Packs this rank's part under every layout; tensors travel as bytes (float8 cannot)."""
     results = []
     for degrees in layouts:
         dims = ParallelDims(**degrees)

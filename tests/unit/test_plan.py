@@ -23,9 +23,7 @@ from tests.unit.checkpoint.tiny import tiny_config
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def job_of(
-    config: dict[str, object], recipe: str, dims: ParallelDims | None = None
-) -> Job:
+def job_of(config: dict[str, object], recipe: str, dims: ParallelDims | None = None) -> Job:
     architecture = Architecture.from_hf_config(config)
     return build_job(
         architecture,

@@ -37,7 +37,7 @@ ARCHITECTURE = Architecture.from_hf_config(
 )
 COMBINATIONS = [
     ParallelDims(world=world, tp=tp, ep=ep, etp=etp)
-    for world, tp, ep, etp in product((1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4))
+    for world, tp, ep, etp in product((1, 4, 8), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4))
     if world % tp == 0 and world % (ep * etp) == 0
 ]
 
@@ -112,7 +112,7 @@ def test_work_is_spread_over_the_ranks() -> None:
     assert len(set(experts.values())) == 1
 
 
-@pytest.mark.parametrize("dims", COMBINATIONS[::5], ids=lambda d: d.describe())
+@pytest.mark.parametrize("dims", COMBINATIONS[::3], ids=lambda d: d.describe())
 def test_experts_are_packed_once_and_evenly(dims: ParallelDims) -> None:
     local = ARCHITECTURE.n_routed_experts // dims.ep
     load = Counter[int]()

@@ -33,9 +33,7 @@ def expected(sequences: int) -> float:
 def measured(rank: int, tp: int, world: int, sequences: int) -> float:
     dims = ParallelDims(world=world, tp=tp)
     group = dist.group.WORLD if world > 1 else None
-    store = HiddenStore(
-        IDS, EMBEDDING, dims, rank, micro_batch=3, dtype=torch.float32, device=CPU
-    )
+    store = HiddenStore(IDS, EMBEDDING, dims, rank, micro_batch=3, dtype=torch.float32, device=CPU)
     ranks = Ranks(group, None, None, CPU)
     return next_token_loss(store, NORM, HEAD, EPSILON, sequences=sequences, ranks=ranks)
 

@@ -47,12 +47,15 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("not an array")
     with pytest.raises(DataError, match=r"must be a \.npy file of token ids"):
         load_token_file(tmp_path / "text.npy", 1, 4)
-    (tmp_path / "empty.npy").write_bytes(b"")
-    with pytest.raises(DataError, match=r"must be a \.npy file of token ids"):
-        load_token_file(tmp_path / "empty.npy", 1, 4)
     objects = save(tmp_path, np.array([[1, None]], dtype=object))
     with pytest.raises(DataError, match=r"must be a \.npy file of token ids"):
         load_token_file(objects, 1, 2)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"must be a \.npy file of token ids"):
+        load_token_file(tmp_path / "empty.npy", 1, 4)
 
 
 def test_an_archive_of_arrays_is_refused(tmp_path: Path) -> None:

@@ -79,3 +79,14 @@ def test_no_speed_without_tokens(clock: Clock, caplog: pytest.LogCaptureFixture)
 
 def test_peak_memory_is_plausible() -> None:
     assert 0.01 < peak_memory_gib(CPU) < 1000
+
+
+def test_every_layer_is_recorded_whether_spoken_of_or_not(clock: Clock) -> None:
+    records: list[dict[str, object]] = []
+    run(clock, 10, 2.0, record=lambda **figures: records.append(figures))
+    assert [record["layer"] for record in records] == list(range(10))
+    assert [record["done"] for record in records] == list(range(1, 11))
+    assert (records[4]["tokens_per_s"], records[4]["left_s"]) == (100.0, 10.0)
+    silent: list[dict[str, object]] = []
+    run(clock, 3, 2.0, enabled=False, record=lambda **figures: silent.append(figures))
+    assert silent == []

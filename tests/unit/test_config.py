@@ -1,0 +1,170 @@
+"""Options: each number on its own, rules between fields, and what Hydra composes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pipeline.calibration.data import DataSource
+from pipeline.config import (
+    CalibrateConfig,
+    CalibrationConfig,
+    ComputeDtype,
+    ParallelConfig,
+    PlanConfig,
+    VerifyConfig,
+    data_sources,
+    read_yaml,
+    register_schemas,
+    to_dataclass,
+    to_yaml,
+)
+from pipeline.errors import ConfigError, LayoutError
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def composed(name: str, *overrides: str) -> Any:
+    register_schemas()
+    with initialize_config_dir(str(CONF / "job"), version_base=None):
+        return to_dataclass(compose(name, list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("num_sequences", 0, 1),
+        ("seq_len", 1, 2),
+        ("micro_batch", 0, 1),
+        ("micro_batch", -3, 1),
+        ("loss_sequences", 0, 1),
+    ],
+)
+def test_calibration_numbers_have_a_least_value(name: str, value: int, least: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CalibrationConfig(**{name: value})
+    assert str(caught.value).startswith(
+        f"calibration.{name}: found {value}; must be at least {least}"
+    )
+    with pytest.raises(ConfigError, match=rf"calibration\.{name}: found {value}"):
+        composed("calibrate", "checkpoint=x", "output=y", f"calibration.{name}={value}")
+    assert getattr(CalibrationConfig(**{name: least}), name) == least
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_replacement_scale_must_be_positive_and_finite(scale: float) -> None:
+    with pytest.raises(ConfigError, match=r"unobserved_input_scale: found .*positive finite"):
+        CalibrateConfig(unobserved_input_scale=scale)
+    assert CalibrateConfig(unobserved_input_scale=1e-3).unobserved_input_scale == 1e-3
+
+
+@pytest.mark.parametrize("name", ["max_shard_gb", "timeout_minutes"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_sizes_and_times_must_be_positive(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: found {value}; must be positive"):
+        CalibrateConfig(**{name: value})
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": "a", "model": "b"}])
+def test_a_plan_is_of_one_thing(options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="exactly one of them says what to plan"):
+        PlanConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("world", "experts", "etp", "ep"),
+    [(1, 512, 1, 1), (8, 512, 1, 8), (6, 512, 1, 2), (8, 512, 2, 4), (7, 512, 1, 1), (4, 0, 1, 1)],
+)
+def test_the_largest_expert_degree_is_chosen(world: int, experts: int, etp: int, ep: int) -> None:
+    dims = ParallelConfig(etp=etp).dims(world, experts)
+    assert (dims.ep, dims.etp, dims.world) == (ep, etp, world)
+
+
+@pytest.mark.parametrize("options", [{"tp": 0}, {"etp": 0}, {"etp": -2}, {"ep": 0}, {"ep": -1}])
+def test_degrees_below_one_are_refused(options: dict[str, int]) -> None:
+    (name,) = options
+    with pytest.raises(LayoutError, match=rf"parallel\.{name}: found {options[name]}; "):
+        ParallelConfig(**options).dims(4, 8)
+
+
+def test_degrees_that_do_not_multiply_are_refused() -> None:
+    with pytest.raises(LayoutError, match="world=4, tp=3"):
+        ParallelConfig(tp=3).dims(4, 8)
+    with pytest.raises(LayoutError, match=r"world=4, tp=1, ep=3"):
+        ParallelConfig(ep=3).dims(4, 9)
+    with pytest.raises(LayoutError, match="etp=8"):
+        ParallelConfig(etp=8).dims(4, 16)
+
+
+def test_mandatory_options_are_asked_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed("calibrate")
+    message = str(caught.value)
+    assert message.startswith("checkpoint, output: found nothing; these options are mandatory")
+    assert message.endswith("checkpoint=... output=...")
+    with pytest.raises(ConfigError, match=r"directory=\.\.\."):
+        composed("verify")
+
+
+def test_commands_compose_to_dataclasses() -> None:
+    config = composed(
+        "calibrate", "checkpoint=a", "output=b", "parallel=tp2", "compute_dtype=float32"
+    )
+    assert isinstance(config, CalibrateConfig)
+    assert isinstance(config.calibration, CalibrationConfig)
+    assert (config.parallel.tp, config.compute_dtype) == (2, ComputeDtype.float32)
+    assert isinstance(composed("plan", "model=nemotron3_nano"), PlanConfig)
+    assert composed("verify", "directory=x", "hopper=true") == VerifyConfig(
+        directory="x", hopper=True
+    )
+    demo = composed("calibrate", "experiment=demo", "output=elsewhere")
+    assert (demo.checkpoint, demo.output, demo.calibration.seq_len) == ("demo", "elsewhere", 256)
+
+
+def test_yaml_files_say_the_schemas_defaults() -> None:
+    """The commented files and the dataclasses must not drift apart."""
+    config = composed("calibrate", "checkpoint=a", "output=b")
+    recipe = config.recipe
+    assert config == CalibrateConfig(checkpoint="a", output="b", recipe=recipe)
+    assert composed("plan", "model=m") == PlanConfig(model="m", recipe=recipe)
+
+
+def test_the_saved_configuration_can_be_read_again(tmp_path: Path) -> None:
+    register_schemas()
+    with initialize_config_dir(str(CONF / "job"), version_base=None):
+        text = to_yaml(compose("calibrate", ["checkpoint=a", "output=${checkpoint}-out"]))
+    (tmp_path / "config.yaml").write_text(text)
+    values = read_yaml(tmp_path / "config.yaml")
+    assert values["output"] == "a-out"
+    merged = OmegaConf.merge(OmegaConf.structured(CalibrateConfig), values)
+    assert OmegaConf.to_object(merged).output == "a-out"  # type: ignore[union-attr]
+
+
+def test_data_is_a_preset_a_path_or_a_list() -> None:
+    presets = CONF / "data"
+    assert data_sources("demo", presets) == [DataSource(path="demo", split="calibration")]
+    assert len(data_sources("hub", presets)) == 4
+    assert data_sources("text.jsonl", presets) == [DataSource(path="text.jsonl")]
+    mixed = ["a.jsonl", {"path": "b.parquet", "weight": 2}]
+    assert data_sources(mixed, presets) == [
+        DataSource(path="a.jsonl"),
+        DataSource(path="b.parquet", weight=2),
+    ]
+    assert data_sources({"path": "c", "split": "x"}, presets) == [DataSource(path="c", split="x")]
+
+
+def test_a_preset_means_the_same_in_a_list() -> None:
+    presets = CONF / "data"
+    assert data_sources(["demo"], presets) == data_sources("demo", presets)
+
+
+@pytest.mark.parametrize("data", [None, 7, [7], [{"split": "x"}], [{"path": "a", "wieght": 2}]])
+def test_other_data_is_refused(data: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        data_sources(data, CONF / "data")
+    assert str(caught.value).startswith("data: found ")
+    assert "a source is a path, or a mapping of path and ['name', 'split', 'weight']" in str(
+        caught.value
+    )
