@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from launch.entry import CONF_DIR, JOBS_DIR, place_of_process, run
+from launch.entry import CONF_DIR, launch
 from pipeline.calibrate import calibrate
-from pipeline.config import register_schemas, to_dataclass, to_yaml
-from pipeline.publication import REPORT_DIRECTORY
+from pipeline.config import to_dataclass, to_yaml
+from pipeline.preparation import Place
+from pipeline.publication import METRICS, REPORT_DIRECTORY
 from pipeline.report.terminal import print_report
 from pipeline.runtime.collectives import disconnect
 from pipeline.runtime.logs import set_up_logging
@@ -22,26 +22,19 @@ from pipeline.runtime.logs import set_up_logging
 
 def main() -> None:
     """Console command."""
-    register_schemas()
-    _compose()
+    launch("calibrate", _act)
 
 
-@hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name="calibrate")
-def _compose(composed: DictConfig) -> None:
-    place = place_of_process()
-
-    def action() -> int:
-        config = to_dataclass(composed)
-        set_up_logging(place.rank, verbose=config.verbose)
-        report = calibrate(config, CONF_DIR, place, to_yaml(composed))
-        disconnect()
-        if report is not None:
-            directory = Path(report.output) / REPORT_DIRECTORY
-            names = {"report": "report.html", "run": "run.json", "metrics": "metrics.jsonl"}
-            print_report(report, files={key: directory / name for key, name in names.items()})
-        return 0
-
-    run(action, place)
+def _act(composed: DictConfig, place: Place) -> int:
+    config = to_dataclass(composed)
+    set_up_logging(place.rank, verbose=config.verbose)
+    report = calibrate(config, CONF_DIR, place, to_yaml(composed))
+    disconnect()
+    if report is not None:
+        directory = Path(report.output) / REPORT_DIRECTORY
+        names = {"report": "report.html", "run": "run.json", "metrics": METRICS}
+        print_report(report, files={key: directory / name for key, name in names.items()})
+    return 0
 
 
 if __name__ == "__main__":

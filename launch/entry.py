@@ -6,7 +6,6 @@ unexpected fault (with a traceback).
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -14,13 +13,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
+from omegaconf import DictConfig
+
+from pipeline.config import register_schemas
 from pipeline.errors import AuditError, LayersweepError
 from pipeline.preparation import Place
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 JOBS_DIR = CONF_DIR / "job"
 
-logger = logging.getLogger(__name__)
+AUDIT_FAILED, REFUSED, FAULT, INTERRUPTED = 1, 2, 3, 130
 
 # Other ranks than 0 wait this long before they report: rank 0 usually fails for the same reason
 # and says so, and the launcher then ends the others, so that the user reads one message.
@@ -28,6 +31,30 @@ OTHERS_WAIT_S = 5.0
 # Ranks whose connection broke are victims of another rank's fault.
 VICTIMS_WAIT_S = 20.0
 _BROKEN_CONNECTION = ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe")
+
+
+def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
+    """Composes the options of a job from conf/job/ and the command line, and runs it.
+
+    Args:
+        job: Name of its file in conf/job/.
+        action: Takes the composed options; returns the exit status.
+    """
+    register_schemas()
+    composed_well = False
+
+    @hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name=job)
+    def compose(composed: DictConfig) -> None:
+        nonlocal composed_well
+        composed_well = True
+        place = place_of_process()
+        run(lambda: action(composed, place), place)
+
+    try:
+        compose()
+    except SystemExit as end:
+        # Hydra itself says what is wrong with an option, and exits with 1.
+        sys.exit(REFUSED if end.code == 1 and not composed_well else end.code)
 
 
 def place_of_process() -> Place:
@@ -52,16 +79,16 @@ def run(action: Callable[[], int], place: Place) -> None:
             time.sleep(OTHERS_WAIT_S)
         who = f" (rank {place.rank})" if place.world > 1 else ""
         _say(f"layersweep: error{who}: {error}")
-        status = 1 if isinstance(error, AuditError) else 2
+        status = AUDIT_FAILED if isinstance(error, AuditError) else REFUSED
     except KeyboardInterrupt:
         _say("layersweep: interrupted; the same command goes on from the last finished layer")
-        status = 130
+        status = INTERRUPTED
     except Exception as error:
         if place.world > 1 and any(word in str(error) for word in _BROKEN_CONNECTION):
             time.sleep(VICTIMS_WAIT_S)
         _say(f"layersweep: unexpected fault on rank {place.rank}")
         traceback.print_exc()
-        status = 3
+        status = FAULT
     sys.stdout.flush()
     sys.stderr.flush()
     if status and place.world > 1:
@@ -69,10 +96,14 @@ def run(action: Callable[[], int], place: Place) -> None:
     sys.exit(status)
 
 
-def positional_to_override(name: str) -> None:
-    """Lets the first word of the command line be the value of an option."""
-    if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
-        sys.argv[1] = f"{name}={sys.argv[1]}"
+def take_positional() -> str | None:
+    """Takes the first word that is no option out of the command line."""
+    for index, word in enumerate(sys.argv[1:], start=1):
+        if word.startswith("-") or (index > 1 and sys.argv[index - 1].startswith("--config")):
+            continue
+        if "=" not in word or Path(word).is_dir():
+            return sys.argv.pop(index)
+    return None
 
 
 def _say(text: str) -> None:

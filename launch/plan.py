@@ -8,25 +8,23 @@ Exits with 2 if the job would be refused.
 
 from __future__ import annotations
 
-import hydra
 from omegaconf import DictConfig
 
-from launch.entry import CONF_DIR, JOBS_DIR, place_of_process, run
-from pipeline.config import register_schemas, to_dataclass
+from launch.entry import CONF_DIR, launch
+from pipeline.config import to_dataclass
 from pipeline.planning import show_plan
+from pipeline.preparation import Place
 from pipeline.runtime.logs import set_up_logging
 
 
 def main() -> None:
     """Console command."""
-    register_schemas()
-    _compose()
+    launch("plan", _act)
 
 
-@hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name="plan")
-def _compose(composed: DictConfig) -> None:
-    set_up_logging(0)
-    run(lambda: show_plan(to_dataclass(composed), CONF_DIR), place_of_process())
+def _act(composed: DictConfig, place: Place) -> int:
+    set_up_logging(place.rank)
+    return show_plan(to_dataclass(composed), CONF_DIR)
 
 
 if __name__ == "__main__":

@@ -7,26 +7,29 @@ Exits with 0 if every rule holds, with 1 if one is broken.
 
 from __future__ import annotations
 
-import hydra
+import dataclasses
+
 from omegaconf import DictConfig
 
-from launch.entry import JOBS_DIR, place_of_process, positional_to_override, run
-from pipeline.config import register_schemas, to_dataclass
+from launch.entry import launch, take_positional
+from pipeline.config import to_dataclass
+from pipeline.preparation import Place
 from pipeline.runtime.logs import set_up_logging
 from pipeline.verify import verify
 
 
 def main() -> None:
     """Console command."""
-    register_schemas()
-    positional_to_override("directory")
-    _compose()
+    directory = take_positional()
 
+    def act(composed: DictConfig, place: Place) -> int:
+        set_up_logging(place.rank)
+        config = to_dataclass(composed)
+        if directory is not None:
+            config = dataclasses.replace(config, directory=directory)
+        return verify(config)
 
-@hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name="verify")
-def _compose(composed: DictConfig) -> None:
-    set_up_logging(0)
-    run(lambda: verify(to_dataclass(composed)), place_of_process())
+    launch("verify", act)
 
 
 if __name__ == "__main__":

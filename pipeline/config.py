@@ -160,7 +160,7 @@ class PlanConfig:
 class VerifyConfig:
     """Options of `launch.verify`; each is explained in conf/job/verify.yaml."""
 
-    directory: str = MISSING
+    directory: str | None = None
     source: str | None = None
     hopper: bool = False
     output: PlanOutput = PlanOutput.table
@@ -215,13 +215,12 @@ def data_sources(data: Any, presets: Path) -> list[DataSource]:
     Raises:
         ConfigError: Something else than a string, a mapping or a list of them.
     """
-    if isinstance(data, str) and (preset := presets / f"{data}.yaml").is_file():
-        data = read_yaml(preset)["sources"]
-    items = data if isinstance(data, list) else [data]
-    sources = []
-    for item in items:
-        known = {f.name for f in fields(DataSource)}
-        if isinstance(item, str):
+    sources: list[DataSource] = []
+    known = {f.name for f in fields(DataSource)}
+    for item in data if isinstance(data, list) else [data]:
+        if isinstance(item, str) and (preset := presets / f"{item}.yaml").is_file():
+            sources += [DataSource(**source) for source in read_yaml(preset)["sources"]]
+        elif isinstance(item, str):
             sources.append(DataSource(path=item))
         elif isinstance(item, dict) and set(item) <= known and "path" in item:
             sources.append(DataSource(**item))

@@ -96,6 +96,8 @@ def _read_field(
     name = field.name
     key = name if name in config else _OTHER_SPELLING.get(name, name)
     value = config.get(key)
+    if name == "moe_latent_size" and value == 0:
+        return None
     if value is None:
         if name in required:
             raise ArchitectureError(

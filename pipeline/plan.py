@@ -101,7 +101,7 @@ def make_plan(
         layers={kind.value: len(job.architecture.layers_of(kind)) for kind in LayerType},
         parameters=parameters,
         bf16_bytes=sum(tensor.nbytes for tensor in job.stored.values()),
-        quantized_bytes=sum(writes) + scalar_bytes(job),
+        quantized_bytes=sum(group.stored_bytes for group in groups) + scalar_bytes(job),
         effective_bits=bits / parameters,
         needs_forward=job.resolution.needs_forward,
         kv_cache=_kv_cache(job),

@@ -6,6 +6,7 @@ of the answer: they are collected and shown together with whatever could still b
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def plan_of(config: PlanConfig, conf_dir: Path) -> Plan:
     recipe = load_recipe(config.recipe, conf_dir / "recipe")
     world = config.parallel.world
     if world is None:
-        world = max(config.parallel.tp, config.parallel.etp * (config.parallel.ep or 1))
+        world = math.lcm(config.parallel.tp, config.parallel.etp * (config.parallel.ep or 1))
     dims = config.parallel.dims(world, architecture.n_routed_experts)
     job = build_job(architecture, dims, recipe, stored)
     return make_plan(

@@ -9,7 +9,7 @@ ranks derive the same schedule, so they run the same collectives in the same ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.architecture import Architecture, LayerType, Role, TensorSpec, layer_tensors
 from pipeline.nvfp4.formats import Format
@@ -119,6 +119,19 @@ def spread(sizes: Iterable[int], ranks: int) -> list[int]:
         load[rank] += size
         chosen.append(rank)
     return chosen
+
+
+def split_by_size(names: Sequence[str], sizes: Sequence[int], limit: int) -> list[list[str]]:
+    """Groups of neighbouring names whose sizes add up to at most `limit` (or of one name)."""
+    groups: list[list[str]] = []
+    filled = limit
+    for name, size in zip(names, sizes, strict=True):
+        if filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
 
 
 def _schedule_layer(

@@ -8,6 +8,7 @@ layers of an earlier run are only passed through, so that the next ones get thei
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -22,18 +23,20 @@ from pipeline.calibration.hidden import HiddenStore, MicroBatch
 from pipeline.calibration.loss import next_token_loss, refuse_nonfinite_loss, unigram_loss
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import reduce_statistics, refuse_nonfinite
-from pipeline.checkpoint.journal import Journal, LayerRecord
+from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.passthrough import take_copy
 from pipeline.checkpoint.read_ahead import ReadAhead, Request
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.writer import FileRecord, Writable, write_safetensors
 from pipeline.job import Job
 from pipeline.packing import LayerPacker
-from pipeline.runtime.collectives import Ranks, barrier, broadcast_object
+from pipeline.runtime.collectives import Ranks, barrier, broadcast_object, gather_objects
 from pipeline.runtime.progress import Progress
-from pipeline.schedule import LayerSchedule, packs_expert
+from pipeline.schedule import LayerSchedule, packs_expert, split_by_size
 from pipeline.sharding import Shard, shard_of
 from pipeline.weights import LayerSlot, LayerWeights, SlotWeights, StreamedWeights
+
+logger = logging.getLogger(__name__)
 
 OUTER = "outer"
 SCALARS = "scalars"
@@ -92,7 +95,7 @@ class Sweep:
             LayersweepError: Whatever a user can cause: corrupt weights, a full disk, activations
                 that are not finite.
         """
-        committed = self._committed()
+        committed = self._committed(reread=True)
         if OUTER not in committed:
             self._write_outer()
         last = max((s.layer for s in self.job.schedules if s.layer not in committed), default=-1)
@@ -131,8 +134,12 @@ class Sweep:
         self.journal.write_part(LOSS, self._part, [], {})
         self._commit(LOSS, {"loss": loss, "unigram_loss": unigrams})
 
-    def _committed(self) -> set[int | str]:
-        """Units that an earlier run committed; rank 0 looks, all ranks agree."""
+    def _committed(self, *, reread: bool = False) -> set[int | str]:
+        """Units that an earlier run committed; all ranks agree.
+
+        Args:
+            reread: Also compare checksums, the ranks taking turns at the units.
+        """
         found: list[int | str] = []
         if self.ranks.rank == 0:
             units: list[int | str] = [OUTER, LOSS, *(s.layer for s in self.job.schedules)]
@@ -141,13 +148,26 @@ class Sweep:
                     self.journal.discard(unit)
                 else:
                     found.append(unit)
-        return set(broadcast_object(found, self.ranks.world))
+        found = broadcast_object(found, self.ranks.world)
+        if not reread:
+            return set(found)
+        mine = found[self.ranks.rank :: self.ranks.size]
+        damaged = [u for u in mine if self.journal.committed(u, checksums=True) is None]
+        everyone = gather_objects(damaged, self.ranks.world)
+        lost = set(broadcast_object([u for units in everyone for u in units], self.ranks.world))
+        if self.ranks.rank == 0:
+            for unit in lost:
+                logger.warning("%s: damaged since it was committed; it is done again", unit)
+                self.journal.discard(unit)
+        return set(found) - lost
 
     def _write_outer(self) -> None:
         """Copies this rank's share of the tensors outside the layers."""
         mine = [name for name, rank in self.job.outer if rank == self.ranks.rank]
         files: list[FileRecord] = []
-        for number, names in enumerate(self._by_size(mine)):
+        sizes = [self.job.stored[name].nbytes for name in mine]
+        groups = split_by_size(mine, sizes, self.settings.max_shard_bytes)
+        for number, names in enumerate(groups):
             path = self.files / f"{OUTER}-{number:03d}-rank-{self.ranks.rank:05d}.safetensors"
             files.append(write_safetensors(path, dict(map(self._copy, names))))
         self.journal.write_part(OUTER, self._part, files, {})
@@ -238,11 +258,17 @@ class Sweep:
             "tokens_per_expert": [] if tokens is None else [round(n) for n in tokens.tolist()],
         }
 
-    def _commit(self, unit: int | str, statistics: dict[str, object]) -> LayerRecord | None:
-        """Declares a unit whole, once every rank has written its part; only rank 0 does it."""
+    def _commit(self, unit: int | str, statistics: dict[str, object]) -> None:
+        """Declares a unit whole, once every rank has written its part; rank 0 does it.
+
+        No rank goes on before, so that a restart never has more than one layer to pack again.
+        """
         barrier(self.ranks.world)
-        if self.ranks.rank != 0:
-            return None
+        if self.ranks.rank == 0:
+            self._write_marker(unit, statistics)
+        barrier(self.ranks.world)
+
+    def _write_marker(self, unit: int | str, statistics: dict[str, object]) -> None:
         if isinstance(unit, int):
             amax = statistics.get("amax", {})
             assert isinstance(amax, dict)
@@ -255,7 +281,7 @@ class Sweep:
             )
         self.journal.write_part(unit, SCALARS, [], statistics)
         parts = [f"rank{rank:05d}" for rank in range(self.ranks.size)]
-        return self.journal.commit(unit, [*parts, SCALARS])
+        self.journal.commit(unit, [*parts, SCALARS])
 
     def _requests(self, schedule: LayerSchedule, is_committed: bool) -> list[Request]:
         """What this rank reads of one layer: all its shards, or only those that it packs."""
@@ -291,19 +317,6 @@ class Sweep:
         """A tensor that keeps the source's bytes, under the name that it has there."""
         source_name = self.job.stored[name].name
         return source_name, take_copy(self.source, source_name, self.ranks.rank)
-
-    def _by_size(self, names: list[str]) -> list[list[str]]:
-        """Groups of names whose bytes stay below the limit for one file."""
-        groups: list[list[str]] = []
-        size = self.settings.max_shard_bytes
-        for name in names:
-            nbytes = self.job.stored[name].nbytes
-            if size + nbytes > self.settings.max_shard_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += nbytes
-        return groups
 
     @property
     def _part(self) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from pipeline.checkpoint.audit import AuditResult, audit
 from pipeline.checkpoint.source import open_source
 from pipeline.config import PlanOutput, VerifyConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import AuditError, ConfigError
 from pipeline.report.plan_table import print_json
 
 CHECKSUMS = Path("layersweep") / "SHA256SUMS"
@@ -29,13 +29,14 @@ def verify(config: VerifyConfig) -> int:
 
     Raises:
         ConfigError: No such directory.
+        AuditError: Its file of checksums is torn.
         SourceError: The source cannot be opened.
     """
-    directory = Path(config.directory)
-    if not directory.is_dir():
+    directory = Path(config.directory or "")
+    if not config.directory or not directory.is_dir():
         raise ConfigError(
             "directory",
-            value=directory,
+            value=config.directory or "nothing",
             rule="must be a checkpoint directory",
             remedy="python -m launch.verify DIR [source=DIR]",
         )
@@ -56,8 +57,16 @@ def read_checksums(path: Path) -> dict[str, str] | None:
     """SHA-256 by file name from a file in the format of sha256sum; None where there is none."""
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="ascii").splitlines()
-    return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    except ValueError as problem:
+        raise AuditError(
+            str(path),
+            value="a torn file",
+            rule="every line holds a digest and a file name, as sha256sum writes them",
+            remedy="fetch the directory again, or remove the file to audit without checksums",
+        ) from problem
 
 
 def _print(result: AuditResult, seconds: float, console: Console) -> None:

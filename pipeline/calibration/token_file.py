@@ -27,13 +27,20 @@ def load_token_file(path: str | Path, num_sequences: int, seq_len: int) -> torch
     """
     try:
         ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, EOFError) as problem:
         raise DataError(
             str(path),
             value=str(problem),
             rule="must be a .npy file of token ids",
             remedy="write one with numpy.save(path, ids) from an int64 array [sequences, seq_len]",
         ) from problem
+    if not isinstance(ids, np.ndarray):
+        raise DataError(
+            str(path),
+            value="an archive of arrays (.npz)",
+            rule="must hold one array of token ids",
+            remedy="save the array of token ids itself",
+        )
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise DataError(
             str(path),

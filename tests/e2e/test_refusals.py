@@ -272,9 +272,9 @@ def _logging_as_before() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["nonsense=1"], 1, "Could not override 'nonsense'"),
-        (["calibration.seq_length=3"], 1, "Key 'seq_length' not in 'CalibrationConfig'"),
-        (["parallel.tp=two"], 1, "Value 'two' of type 'str' could not be converted to Integer"),
+        (["nonsense=1"], 2, "Could not override 'nonsense'"),
+        (["calibration.seq_length=3"], 2, "Key 'seq_length' not in 'CalibrationConfig'"),
+        (["parallel.tp=two"], 2, "Value 'two' of type 'str' could not be converted to Integer"),
         (
             ["checkpoint=demo", "output=out", "calibration.seq_len=0"],
             2,
@@ -317,7 +317,7 @@ def test_unknown_override_of_the_real_command(tmp_path: Path) -> None:
         check=False,
         timeout=60,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Could not override 'nonsense'" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,8 @@
 """The job on a GPU: the same layers, the same packed bytes, the same bits in every run."""
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ WIDE = {
 }
 WIDE_TOKENS = 1024
 
+FORWARD = [
+    pytest.param(dtype, id=dtype.value) for dtype in (ComputeDtype.float32, ComputeDtype.bfloat16)
+]
+
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+OneRank = Callable[..., Tensors]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def references(
     return make_references(tmp_path_factory.mktemp("references") / "references.pt")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def on_gpu() -> Iterator[backend.Groups]:
     """Groups of one rank."""
     yield backend.start(ParallelDims(), 0, GPU)
@@ -124,89 +130,68 @@ def test_wide_layer_in_bf16_is_right_and_repeats_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def cpu_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
-    root = tmp_path_factory.mktemp("cpu")
-    return {
-        name: _job(root / name, Device.cpu, ComputeDtype.float32, recipe=recipe)
-        for name, recipe in RECIPES.items()
-    }
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> OneRank:
+    """Gives the tensors of a job on one rank, by device, dtype and name of a recipe."""
+
+    @functools.cache
+    def run(device: Device, dtype: ComputeDtype, recipe: str = "four_over_six") -> Tensors:
+        return _job(tmp_path_factory.mktemp("one") / "out", device, dtype, recipe=RECIPES[recipe])
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def gpu_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
-    """Recipes in fp32, and the first in bf16."""
-    root = tmp_path_factory.mktemp("gpu")
-    runs = {
-        name: _job(root / name, Device.cuda, ComputeDtype.float32, recipe=recipe)
-        for name, recipe in RECIPES.items()
-    }
-    runs["bf16"] = _job(
-        root / "bf16", Device.cuda, ComputeDtype.bfloat16, recipe=RECIPES["four_over_six"]
-    )
-    return runs
-
-
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_fp32_job_equals_that_on_the_cpu(
-    cpu_runs: dict[str, Tensors], gpu_runs: dict[str, Tensors], name: str, record_property: Any
+    one_rank: OneRank, recipe: str, record_property: Any
 ) -> None:
-    _assert_same_weights(gpu_runs[name], cpu_runs[name])
-    ours = activation_scalars(gpu_runs[name])
-    from_cpu = deviations(ours, activation_scalars(cpu_runs[name]))
-    from_golden = deviations(ours, activation_scalars(read_checkpoint(GOLDEN / name)))
+    ours = one_rank(Device.cuda, ComputeDtype.float32, recipe)
+    on_cpu = one_rank(Device.cpu, ComputeDtype.float32, recipe)
+    _assert_same_weights(ours, on_cpu)
+    from_cpu = _scalar_deviations(ours, on_cpu)
+    from_golden = _scalar_deviations(ours, read_checkpoint(GOLDEN / recipe))
     record_property("scalars from the CPU's", f"{from_cpu[-1]:.3g} of {len(from_cpu)} at most")
     record_property("scalars from the golden export's", f"{from_golden[-1]:.3g} at most")
     assert max(from_cpu[-1], from_golden[-1]) < 1e-3
 
 
-def test_bf16_job_packs_the_same_weights(
-    cpu_runs: dict[str, Tensors], gpu_runs: dict[str, Tensors], record_property: Any
-) -> None:
-    _assert_same_weights(gpu_runs["bf16"], cpu_runs["four_over_six"])
-    found = deviations(
-        activation_scalars(gpu_runs["bf16"]), activation_scalars(cpu_runs["four_over_six"])
-    )
+def test_bf16_job_packs_the_same_weights(one_rank: OneRank, record_property: Any) -> None:
+    ours = one_rank(Device.cuda, ComputeDtype.bfloat16)
+    on_cpu = one_rank(Device.cpu, ComputeDtype.float32)
+    _assert_same_weights(ours, on_cpu)
+    found = _scalar_deviations(ours, on_cpu)
     record_property("bf16 scalars from the CPU's fp32", _summary(found))
     assert found[len(found) // 2] < 2e-2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", FORWARD)
 def test_another_process_gives_the_same_bytes(
-    gpu_runs: dict[str, Tensors], dtype: str, tmp_path: Path
+    one_rank: OneRank, dtype: ComputeDtype, tmp_path: Path
 ) -> None:
-    again = _job(
-        tmp_path / "out", Device.cuda, ComputeDtype(dtype), recipe=RECIPES["four_over_six"]
-    )
-    assert again == gpu_runs["four_over_six" if dtype == "float32" else "bf16"]
+    again = _job(tmp_path / "out", Device.cuda, dtype, recipe=RECIPES["four_over_six"])
+    assert again == one_rank(Device.cuda, dtype)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", FORWARD)
 @pytest.mark.parametrize(
     "degrees",
     [{"ep": 2}, {"tp": 2, "ep": 1}, {"ep": 1}, {"tp": 2, "ep": 2}, {"etp": 2, "ep": 1}],
     ids=lambda degrees: "-".join(f"{name}{degree}" for name, degree in degrees.items()),
 )
 def test_two_ranks_give_the_same_bytes(
-    gpu_runs: dict[str, Tensors],
+    one_rank: OneRank,
     degrees: dict[str, int],
-    dtype: str,
+    dtype: ComputeDtype,
     tmp_path: Path,
     record_property: Any,
 ) -> None:
-    ours = _job(
-        tmp_path / "out",
-        Device.cuda,
-        ComputeDtype(dtype),
-        world=2,
-        recipe=RECIPES["four_over_six"],
-        **degrees,
-    )
-    expected = gpu_runs["four_over_six" if dtype == "float32" else "bf16"]
+    recipe = RECIPES["four_over_six"]
+    ours = _job(tmp_path / "out", Device.cuda, dtype, world=2, recipe=recipe, **degrees)
+    expected = one_rank(Device.cuda, dtype)
     _assert_same_weights(ours, expected)
-    found = deviations(activation_scalars(ours), activation_scalars(expected))
+    found = _scalar_deviations(ours, expected)
     record_property("scalars from one rank's", _summary(found))
-    assert found[-1] < (1e-3 if dtype == "float32" else math.inf)
+    assert found[-1] < (1e-3 if dtype is ComputeDtype.float32 else 5e-2)
 
 
 def _logits(reference: Reference, groups: backend.Groups, dtype: torch.dtype) -> torch.Tensor:
@@ -262,10 +247,14 @@ def _assert_same_weights(ours: Tensors, expected: Tensors) -> None:
             assert ours[name] == expected[name], name
 
 
+def _scalar_deviations(ours: Tensors, expected: Tensors) -> list[float]:
+    return deviations(activation_scalars(ours), activation_scalars(expected))
+
+
 def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return ((ours - expected).norm() / expected.norm()).item()
 
 
 def _summary(found: list[float]) -> str:
     median = found[len(found) // 2]
-    return f"median {median:.2%}, largest {found[-1]:.2%} of {len(found)}"
+    return f"median {median:.3g}, largest {found[-1]:.3g} of {len(found)}"

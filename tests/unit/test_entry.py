@@ -2,11 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from launch import entry
-from launch.entry import place_of_process, positional_to_override, run
+from launch.entry import place_of_process, run, take_positional
 from pipeline.errors import AuditError, ConfigError, LayersweepError
 from pipeline.preparation import Place
 
@@ -121,18 +122,29 @@ def test_the_place_comes_from_torchrun_or_slurm(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "taken", "left"),
     [
-        (["DIR"], ["directory=DIR"]),
-        (["DIR", "source=S"], ["directory=DIR", "source=S"]),
-        (["directory=DIR"], ["directory=DIR"]),
-        (["--help"], ["--help"]),
-        ([], []),
+        (["DIR"], "DIR", []),
+        (["DIR", "source=X"], "DIR", ["source=X"]),
+        (["output=json", "DIR"], "DIR", ["output=json"]),
+        (["directory=DIR"], None, ["directory=DIR"]),
+        (["--help"], None, ["--help"]),
+        (["--config-name", "verify"], None, ["--config-name", "verify"]),
+        ([], None, []),
     ],
 )
-def test_the_first_word_may_be_a_value(
-    given: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_first_word_that_is_no_option_is_taken(
+    given: list[str], taken: str | None, left: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["verify", *given])
-    positional_to_override("directory")
-    assert sys.argv[1:] == expected
+    assert take_positional() == taken
+    assert sys.argv[1:] == left
+
+
+def test_a_directory_with_an_equals_sign_is_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "lr=1,[a]"
+    directory.mkdir()
+    monkeypatch.setattr(sys, "argv", ["verify", str(directory)])
+    assert take_positional() == str(directory)
