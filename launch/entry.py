@@ -40,7 +40,7 @@ def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
         job: Name of its file in conf/job/.
         action: Takes the composed options; returns the exit status.
     """
-    register_schemas()
+    register_schemas(CONF_DIR)
     composed_well = False
 
     @hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name=job)

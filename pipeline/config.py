@@ -99,7 +99,7 @@ class CalibrateConfig:
     checkpoint: str = MISSING
     output: str = MISSING
     recipe: str = MISSING
-    data: Any = "demo"
+    data: Any = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: ComputeDtype = ComputeDtype.auto
@@ -169,8 +169,16 @@ class VerifyConfig:
 SCHEMAS = {"calibrate": CalibrateConfig, "plan": PlanConfig, "verify": VerifyConfig}
 
 
-def register_schemas() -> None:
-    """Tells Hydra the schemas, under the names that the defaults lists of conf/ use."""
+def register_schemas(conf_dir: Path) -> None:
+    """Tells Hydra the schemas, under the names that the defaults lists of conf/ use.
+
+    Also a resolver for help texts: `${presets:recipe}` lists the names in conf/recipe.
+    """
+
+    def list_presets(group: str) -> str:
+        return ", ".join(sorted(path.stem for path in (conf_dir / group).glob("*.yaml")))
+
+    OmegaConf.register_new_resolver("presets", list_presets, replace=True)
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)

@@ -76,6 +76,9 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     Raises:
         LayersweepError: The source, config.json, recipe, degrees, device or output cannot be used.
     """
+    device = _device(config, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # first: Model Optimizer's import opens a CUDA context
     source = open_source(config.checkpoint)
     architecture = Architecture.from_hf_config(source.config)
     checked = check_source(source, architecture, cast=config.cast)
@@ -83,9 +86,17 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     dims = config.parallel.dims(place.world, architecture.n_routed_experts)
     job = build_job(architecture, dims, recipe, stored_tensors(source, checked))
     refusals = find_refusals(job, config.calibration.seq_len)
+    if job.resolution.needs_forward and config.data is None:
+        refusals.append(
+            ConfigError(
+                "data",
+                value="nothing",
+                rule=f"recipe {recipe.name} calibrates activations, so it needs text",
+                remedy="data=FILE, a directory or a Hub dataset; data=demo is Python source",
+            )
+        )
     if refusals:
         raise _join(refusals)
-    device = _device(config, place)
     dtype = _compute_dtype(config, device)
     plan = make_plan(
         job,

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.entry import CONF_DIR
 from pipeline.calibrate import Place, calibrate
-from pipeline.config import CalibrateConfig, CalibrationConfig, ParallelConfig
+from pipeline.config import CalibrateConfig, CalibrationConfig, Device, ParallelConfig
 from pipeline.mcore import slots  # noqa: F401  (imported before forking: once, not per rank)
 from pipeline.recipe import load_recipe
 from tests.distributed.helpers import run_ranks
@@ -32,6 +32,7 @@ def golden_config(output: Path, **options: Any) -> CalibrateConfig:
         "parallel": ParallelConfig(**parallel),
         "allow_bad_loss": True,  # the golden model is random
         "timeout_minutes": 1,
+        "device": Device.cpu,
     }
     return CalibrateConfig(**{**values, **options})
 

@@ -27,7 +27,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def composed(name: str, *overrides: str) -> Any:
-    register_schemas()
+    register_schemas(CONF)
     with initialize_config_dir(str(CONF / "job"), version_base=None):
         return to_dataclass(compose(name, list(overrides)))
 
@@ -131,7 +131,7 @@ def test_yaml_files_say_the_schemas_defaults() -> None:
 
 
 def test_the_saved_configuration_can_be_read_again(tmp_path: Path) -> None:
-    register_schemas()
+    register_schemas(CONF)
     with initialize_config_dir(str(CONF / "job"), version_base=None):
         text = to_yaml(compose("calibrate", ["checkpoint=a", "output=${checkpoint}-out"]))
     (tmp_path / "config.yaml").write_text(text)
