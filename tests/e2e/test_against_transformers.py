@@ -95,12 +95,6 @@ class Made:
                 self._see(f"{name}.down_proj", F.linear(mine, up).relu().square())
 
 
-@pytest.fixture(autouse=True)
-def _without_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plots take longer than these jobs, and have tests of their own."""
-    monkeypatch.setattr("pipeline.publication.write_html", lambda report, path: None)
-
-
 @pytest.fixture(scope="module", params=sorted(VARIANTS))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp(request.param), VARIANTS[request.param])

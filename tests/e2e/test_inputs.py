@@ -81,12 +81,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _without_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plots take longer than these jobs, and have tests of their own."""
-    monkeypatch.setattr("pipeline.publication.write_html", lambda report, path: None)
-
-
 @pytest.fixture(scope="module")
 def weight_only(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A recipe file: weights of every projection NVFP4, nothing else."""

@@ -28,17 +28,6 @@ from tests.e2e.refusals import EVERYTHING, EXPERT, SIZE, refuse, write_recipe
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _without_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plots take longer than these jobs, and have tests of their own."""
-    monkeypatch.setattr("pipeline.publication.write_html", lambda report, path: None)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source")
-
-
 # --- layouts
 
 

@@ -33,17 +33,6 @@ from tests.e2e.refusals import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _without_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plots take longer than these jobs, and have tests of their own."""
-    monkeypatch.setattr("pipeline.publication.write_html", lambda report, path: None)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source")
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
     "name",

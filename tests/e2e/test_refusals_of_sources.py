@@ -24,18 +24,6 @@ from tests.e2e.models import (
 )
 from tests.e2e.refusals import EXPERT, WEIGHT_ONLY, refuse
 
-
-@pytest.fixture(autouse=True)
-def _without_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plots take longer than these jobs, and have tests of their own."""
-    monkeypatch.setattr("pipeline.publication.write_html", lambda report, path: None)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source")
-
-
 # --- the source's tensors and files
 
 
