@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from pipeline.architecture import Architecture
-from pipeline.errors import ArchitectureError
 from pipeline.mcore.dispatch import FixedOrderAllGatherDispatcher, FixedOrderAllToAllDispatcher
 from pipeline.mcore.experts import StackedExperts
 from pipeline.mcore.linear import FeedForward
@@ -35,7 +34,6 @@ class MoE(MoELayer):
         probe: Probe,
         device: torch.device,
     ) -> None:
-        check_routing(architecture)
         a = architecture
         super().__init__(
             config,
@@ -86,32 +84,6 @@ class MoE(MoELayer):
         """[seq/tp, batch, hidden] to the same."""
         output: torch.Tensor = super().forward(hidden)[0]
         return output
-
-
-def check_routing(architecture: Architecture) -> None:
-    """Refuses group-limited routing that transformers and the servers cannot compute either.
-
-    Raises:
-        ArchitectureError: A group of one expert, or fewer experts in the kept groups than top-k.
-    """
-    a = architecture
-    group_size = a.n_routed_experts // a.n_group
-    if a.n_group > 1 and group_size < 2:
-        raise ArchitectureError(
-            "config.json n_group",
-            value=a.n_group,
-            rule=f"a group needs at least two of the {a.n_routed_experts} experts: it is chosen by "
-            "the sum of its two best",
-            remedy="restore the config.json that belongs to this checkpoint",
-        )
-    if a.topk_group * group_size < a.num_experts_per_tok:
-        raise ArchitectureError(
-            "config.json topk_group",
-            value=a.topk_group,
-            rule=f"the chosen groups hold {a.topk_group * group_size} experts, fewer than "
-            f"num_experts_per_tok={a.num_experts_per_tok}",
-            remedy="restore the config.json that belongs to this checkpoint",
-        )
 
 
 def _submodules(a: Architecture, probe: Probe, device: torch.device) -> MoESubmodules:
