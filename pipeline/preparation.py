@@ -30,6 +30,7 @@ from pipeline.errors import ConfigError, LayersweepError
 from pipeline.job import Job, StoredTensor, build_job, find_refusals
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
+from pipeline.report.summary import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +204,9 @@ def _announce(prepared: Prepared, config: CalibrateConfig) -> None:
     logger.info("source  %s", prepared.source.directory)
     logger.info("recipe  %s; %s", plan.recipe, plan.layout)
     logger.info(
-        "plan    %.1f GB -> %.1f GB, %.2f effective bits, %s",
-        plan.bf16_bytes / 1e9,
-        plan.quantized_bytes / 1e9,
+        "plan    %s -> %s, %.2f effective bits, %s",
+        format_bytes(plan.bf16_bytes),
+        format_bytes(plan.quantized_bytes),
         plan.effective_bits,
         f"{config.calibration.num_sequences} x {config.calibration.seq_len} calibration tokens"
         if plan.needs_forward
