@@ -18,6 +18,7 @@ import torch
 from pipeline.calibration.hidden import HiddenStore
 from pipeline.calibration.loss import check_loss
 from pipeline.checkpoint.journal import Journal
+from pipeline.checkpoint.lock import WorkLock
 from pipeline.checkpoint.publish import prepare
 from pipeline.config import CalibrateConfig
 from pipeline.packing import LayerPacker
@@ -56,23 +57,24 @@ def calibrate(
     if forward:
         tokens = broadcast_object(tokens, ranks.world)
     journal = Journal(prepared.work.journal, prepared.work.files)
-    if place.rank == 0:
-        prepare(prepared.work)
-        if journal.start(fingerprint(config, prepared, tokens)):
-            logger.info("going on with the unfinished run in %s", prepared.work.root)
-    barrier(ranks.world)
-    prepared_at = time.monotonic()
-    _sweep(config, prepared, journal, ranks, groups, tokens)
-    if place.rank != 0:
-        return None
-    if forward:
-        _check_loss(journal, allow_bad_loss=config.allow_bad_loss)
-    return publish_run(
-        prepared,
-        journal,
-        resolved_config=resolved_config,
-        phases={"prepare": prepared_at - clock, "sweep": time.monotonic() - prepared_at},
-    )
+    with WorkLock(prepared.work) if place.rank == 0 else nullcontext():
+        if place.rank == 0:
+            prepare(prepared.work)
+            if journal.start(fingerprint(config, prepared, tokens)):
+                logger.info("going on with the unfinished run in %s", prepared.work.root)
+        barrier(ranks.world)
+        prepared_at = time.monotonic()
+        _sweep(config, prepared, journal, ranks, groups, tokens)
+        if place.rank != 0:
+            return None
+        if forward:
+            _check_loss(journal, allow_bad_loss=config.allow_bad_loss)
+        return publish_run(
+            prepared,
+            journal,
+            resolved_config=resolved_config,
+            phases={"prepare": prepared_at - clock, "sweep": time.monotonic() - prepared_at},
+        )
 
 
 def _sweep(
