@@ -11,9 +11,9 @@ from pipeline.errors import OutputError
 
 def test_a_second_run_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     work = WorkDirectory.beside(tmp_path / "out")
-    with WorkLock(work):
-        with pytest.raises(OutputError, match=r"out\.partial: found in use by another run"):
-            WorkLock(work)
+    said = r"out\.partial: found in use by another run"
+    with WorkLock(work), pytest.raises(OutputError, match=said):
+        WorkLock(work)
     with WorkLock(work):
         pass
 
