@@ -47,6 +47,6 @@ $(READY): pyproject.toml constraints.txt
 	  echo "Creating .venv with $$("$$python" --version) ($$python)"; \
 	  "$$python" -m venv --clear .venv; \
 	fi
-	@echo "Installing Layersweep and what it needs into .venv (about 3 GB to download the first time)"
+	@echo "Installing Layersweep and what it needs into .venv (the first time: about 3 GB, some minutes)"
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

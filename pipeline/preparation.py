@@ -30,6 +30,7 @@ from pipeline.errors import ConfigError, LayersweepError
 from pipeline.job import Job, StoredTensor, build_job, find_refusals
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
+from pipeline.report.plan_table import describe_unmatched
 from pipeline.report.summary import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     source = open_source(config.checkpoint)
     architecture = Architecture.from_hf_config(source.config)
     checked = check_source(source, architecture, cast=config.cast)
+    work = check_output(Path(config.output), source.directory)
+    if place.rank == 0:
+        logger.info("source  %s", source.directory)  # before Model Optimizer's slow import
     recipe = load_recipe(config.recipe, conf_dir / "recipe")
     dims = config.parallel.dims(place.world, architecture.n_routed_experts)
     job = build_job(architecture, dims, recipe, stored_tensors(source, checked))
@@ -105,7 +109,6 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
         seq_len=config.calibration.seq_len,
         compute_bytes=dtype.itemsize,
     )
-    work = check_output(Path(config.output), source.directory)
     prepared = Prepared(source, job, plan, work, device, dtype)
     if place.rank == 0:
         _announce(prepared, config)
@@ -201,7 +204,6 @@ def _compute_dtype(config: CalibrateConfig, device: torch.device) -> torch.dtype
 
 def _announce(prepared: Prepared, config: CalibrateConfig) -> None:
     plan, work = prepared.plan, prepared.work
-    logger.info("source  %s", prepared.source.directory)
     logger.info("recipe  %s; %s", plan.recipe, plan.layout)
     logger.info(
         "plan    %s -> %s, %.2f effective bits, %s",
@@ -212,8 +214,8 @@ def _announce(prepared: Prepared, config: CalibrateConfig) -> None:
         if plan.needs_forward
         else "no forward pass needed",
     )
-    for pattern in plan.unmatched_patterns:
-        logger.warning("the recipe's pattern %r matches nothing in this model", pattern)
+    if plan.unmatched_patterns:
+        logger.warning("%s", describe_unmatched(plan.unmatched_patterns))
     for note in plan.notes:
         logger.warning("%s", note)
     logger.info("output  %s (work directory %s)", work.final, work.root)

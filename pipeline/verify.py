@@ -19,6 +19,7 @@ from pipeline.checkpoint.source import open_source
 from pipeline.config import PlanOutput, VerifyConfig
 from pipeline.errors import AuditError, ConfigError
 from pipeline.report.plan_table import print_json
+from pipeline.report.summary import format_bytes
 
 CHECKSUMS = Path("layersweep") / "SHA256SUMS"
 MOST_SHOWN = 5
@@ -37,7 +38,7 @@ def verify(config: VerifyConfig) -> int:
         raise ConfigError(
             "directory",
             value=config.directory or "nothing",
-            rule="must be a checkpoint directory",
+            rule="must be an existing checkpoint directory",
             remedy="python -m launch.verify DIR [source=DIR]",
         )
     start = time.monotonic()
@@ -89,7 +90,7 @@ def _print(result: AuditResult, seconds: float, console: Console) -> None:
     verdict = "passed" if result.ok else f"FAILED: {len(result.problems)} problems"
     console.print(
         Text(
-            f"audit {verdict}: {figures.tensors:,} tensors, {figures.tensor_bytes / 1e9:,.3f} GB, "
+            f"audit {verdict}: {figures.tensors:,} tensors, {format_bytes(figures.tensor_bytes)}, "
             f"{figures.effective_bits:.2f} bits per parameter, {seconds:.1f} s",
             style="bold green" if result.ok else "bold red",
         )

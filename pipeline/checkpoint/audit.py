@@ -216,7 +216,9 @@ def _check_description(result: AuditResult, checkpoint: _Checkpoint, *, hopper: 
         "q, k and v agree",
     )
     problems, notes = audit_config.check_alignment(declared, specs, hopper=hopper)
-    result.record("alignment", problems, "input widths fit the blocks")
+    result.record(
+        "alignment", problems, "input widths fit the blocks" + " and Hopper's kernels" * hopper
+    )
     result.notes += notes
 
 

@@ -153,7 +153,10 @@ def read_json(path: Path, rule: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise SourceError(
-            str(path), value=problem.strerror, rule=rule, remedy="fetch the file again"
+            str(path),
+            value=problem.strerror,
+            rule=rule,
+            remedy=f"fetch the file again, or check that {path.parent} is the directory you mean",
         ) from problem
     except ValueError as problem:
         raise SourceError(

@@ -38,12 +38,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_group_table(plan.groups))
     if plan.per_rank:
         console.print(_rank_table(plan))
-    for pattern in plan.unmatched_patterns:
-        console.print(Text(f"note     pattern {pattern!r} of the recipe matches nothing here"))
+    if plan.unmatched_patterns:
+        console.print(Text(f"note     {describe_unmatched(plan.unmatched_patterns)}"))
     for note in plan.notes:
         console.print(Text(f"note     {note}", style="yellow"))
     for refusal in plan.refusals:
         console.print(Text(f"refused  {refusal}", style="bold red"))
+
+
+def describe_unmatched(patterns: list[str], most: int = 2) -> str:
+    """One line about the recipe's patterns that match nothing (a shared recipe has many)."""
+    shown = ", ".join(repr(pattern) for pattern in patterns[:most])
+    more = f" and {len(patterns) - most} more (run.json, output=json)" * (len(patterns) > most)
+    return f"patterns of the recipe that match nothing in this model: {shown}{more}"
 
 
 def _group_table(groups: list[GroupPlan]) -> Table:
@@ -68,7 +75,7 @@ def _group_table(groups: list[GroupPlan]) -> Table:
 
 def _rank_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for header in ("rank", "slots", "read ahead", "hidden states", "reads", "writes"):
+    for header in ("rank", "slots", "read ahead (host)", "hidden states", "reads", "writes"):
         table.add_column(f"{header}" if header == "rank" else f"{header} GB", justify="right")
     for rank in plan.per_rank[:MOST_RANKS]:
         sizes = (rank.slot_gb, rank.read_ahead_gb, rank.hidden_gb, rank.reads_gb, rank.writes_gb)

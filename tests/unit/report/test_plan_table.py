@@ -67,7 +67,7 @@ def test_sizes_first_then_everything_else() -> None:
         "norm bf16 1 8.2 k 16.4 kB 16.4 kB",
         "bias bf16 1 3 12 24 B 24 B",
         "0 21.5 0.2500 17.2 1,121.0 352.3",
-        "note pattern '*vision*' of the recipe matches nothing here",
+        "note patterns of the recipe that match nothing in this model: '*vision*'",
         "note K is narrow",
     ):
         assert expected in words, expected
