@@ -6,6 +6,7 @@ unexpected fault (with a traceback).
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ AUDIT_FAILED, REFUSED, FAULT, INTERRUPTED = 1, 2, 3, 130
 OTHERS_WAIT_S = 5.0
 # Ranks whose connection broke are victims of another rank's fault.
 VICTIMS_WAIT_S = 20.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _BROKEN_CONNECTION = ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe")
 
 
@@ -84,16 +86,30 @@ def run(action: Callable[[], int], place: Place) -> None:
         _say("layersweep: interrupted; the same command goes on from the last finished layer")
         status = INTERRUPTED
     except Exception as error:
-        if place.world > 1 and any(word in str(error) for word in _BROKEN_CONNECTION):
-            time.sleep(VICTIMS_WAIT_S)
-        _say(f"layersweep: unexpected fault on rank {place.rank}")
-        traceback.print_exc()
-        status = FAULT
+        status = _report_fault(error, place)
     sys.stdout.flush()
     sys.stderr.flush()
     if status and place.world > 1:
         os._exit(status)  # no waiting for collectives that other ranks will never join
     sys.exit(status)
+
+
+def _report_fault(error: Exception, place: Place) -> int:
+    """Says what went wrong beyond a user's input; returns the exit status."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = error.filename or "the output"
+        _say(f"layersweep: error: {where}: {error.strerror}; make room, then start it again")
+        return REFUSED
+    if place.world > 1 and any(word in str(error) for word in _BROKEN_CONNECTION):
+        time.sleep(VICTIMS_WAIT_S)
+        _say(
+            f"layersweep: rank {place.rank} lost its connection: another rank ended "
+            "(its own message says why). The same command goes on from the last finished layer"
+        )
+        return FAULT
+    _say(f"layersweep: unexpected fault on rank {place.rank}")
+    traceback.print_exc()
+    return FAULT
 
 
 def take_positional() -> str | None:

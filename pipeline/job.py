@@ -13,12 +13,18 @@ import math
 from collections.abc import Mapping
 
 from pipeline.architecture import Architecture, TensorSpec, expected_tensors, mtp_tensors
+from pipeline.checkpoint.quantization_config import (
+    QuantizationConfigs,
+    build_quantization_configs,
+    unquantized_modules,
+)
 from pipeline.errors import LayersweepError, LayoutError, RecipeError
 from pipeline.nvfp4.formats import BLOCK_SIZE, Format
 from pipeline.recipe import Recipe, Resolution, modules_of, resolve
 from pipeline.schedule import LayerSchedule, schedule_layers, spread
 from pipeline.sharding import ParallelDims, check_layout, shard_of
 
+MTP = "mtp*"
 BYTES_OF = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 
 
@@ -111,10 +117,31 @@ def build_job(
     )
 
 
+def quantization_configs(job: Job) -> QuantizationConfigs:
+    """What config.json and hf_quant_config.json will say.
+
+    Raises:
+        RecipeError: No loader could read the mixture of formats, or nothing is quantized.
+    """
+    formats = {
+        module: (module_format.weight_format, module_format.input_format)
+        for module, module_format in job.resolution.formats.items()
+        if module_format.is_quantized
+    }
+    unquantized = unquantized_modules(job.architecture, formats)
+    if MTP not in unquantized and any(name.startswith("mtp.") for name in job.stored):
+        unquantized.append(MTP)  # config.json does not promise them, and they are there
+    return build_quantization_configs(formats, unquantized, kv_cache_fp8=bool(job.resolution.kv))
+
+
 def find_refusals(job: Job, seq_len: int) -> list[LayersweepError]:
     """Every reason not to start, whatever the weights hold; an empty list means go."""
     refusals: list[LayersweepError] = [*check_layout(job.architecture, job.dims)]
-    if not refusals:
+    try:
+        quantization_configs(job)
+    except RecipeError as error:
+        refusals.append(error)
+    if not any(isinstance(error, LayoutError) for error in refusals):
         refusals += _check_blocks(job)
     if job.resolution.needs_forward and seq_len % job.dims.tp:
         nearest = max(seq_len // job.dims.tp, 1) * job.dims.tp

@@ -168,11 +168,16 @@ def fingerprint(
 
 
 def _source_digest(source: Source) -> str:
-    """Digest of config.json, and of name, size, first and last 64 KiB of every weight file."""
+    """Digest of config.json, and of what tells one weight file from another without reading it.
+
+    That is its name, size, time of change, first and last 64 KiB. A source that was copied
+    elsewhere in between is another one.
+    """
     digest = hashlib.sha256((source.directory / "config.json").read_bytes())
     for path in sorted({info.path for info in source.tensors.values()}):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        status = path.stat()
+        size = status.st_size
+        digest.update(f"{path.name} {size} {status.st_mtime_ns}".encode())
         with path.open("rb") as file:
             digest.update(file.read(65536))
             file.seek(max(0, size - 65536), os.SEEK_SET)

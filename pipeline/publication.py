@@ -15,11 +15,10 @@ import torch
 from pipeline.checkpoint.audit import AuditResult, audit
 from pipeline.checkpoint.journal import Journal, LayerRecord
 from pipeline.checkpoint.publish import finalize, publish
-from pipeline.checkpoint.quantization_config import build_quantization_configs, unquantized_modules
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
 from pipeline.errors import OutputError
-from pipeline.job import Job
+from pipeline.job import Job, quantization_configs
 from pipeline.preparation import Prepared
 from pipeline.report.html import write_html
 from pipeline.report.records import RunReport
@@ -69,7 +68,7 @@ def publish_run(
         },
     )
     phases["publish"], clock = time.monotonic() - clock, time.monotonic()
-    result = _audit(prepared)
+    result = _audit(prepared, named)
     phases["audit"] = time.monotonic() - clock
     report = build_report(prepared, records, audit=_describe(result))
     report.phases = phases
@@ -78,25 +77,21 @@ def publish_run(
     return report
 
 
-def _audit(prepared: Prepared) -> AuditResult:
+def _audit(prepared: Prepared, files: list[FileRecord]) -> AuditResult:
+    """The audit that decides about publication; reads every file once, for its checksum."""
     plan = prepared.plan
     result = audit(
         prepared.work.files,
         expected_bytes=plan.quantized_bytes,
         expected_effective_bits=plan.effective_bits,
+        checksums={file.name: file.sha256 for file in files},
     )
     result.raise_if_failed()
     return result
 
 
 def _configs(job: Job, source: Source) -> dict[str, Any]:
-    formats = {
-        module: (module_format.weight_format, module_format.input_format)
-        for module, module_format in job.resolution.formats.items()
-        if module_format.is_quantized
-    }
-    unquantized = unquantized_modules(job.architecture, formats)
-    configs = build_quantization_configs(formats, unquantized, kv_cache_fp8=bool(job.resolution.kv))
+    configs = quantization_configs(job)
     return {
         "config": {**source.config, "quantization_config": configs.quantization_config},
         "hf_quant_config": configs.hf_quant_config,

@@ -84,9 +84,11 @@ def choose_scalars(
         for tap, name in (("k_cache", "k_proj.k_scale"), ("v_cache", "v_proj.v_scale")):
             constant = schedule.kv.constant_amax
             observed = amax[tap] if constant is None else torch.tensor([constant])
-            scalars[f"{prefix}.{name}"] = float(
-                kv_scale(observed.float(), clamp_kv_scales, f"{prefix}.{name}")
-            )
+            full = f"{prefix}.{name}"
+            if float(observed) == 0.0:
+                scalars[full] = _unobserved(full, unobserved_input_scale)
+            else:
+                scalars[full] = float(kv_scale(observed.float(), clamp_kv_scales, full))
     return scalars
 
 

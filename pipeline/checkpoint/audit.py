@@ -136,10 +136,16 @@ def audit(
         workers: Threads for scales, checksums and comparisons.
     """
     result = AuditResult(Path(directory))
-    checkpoint = _read(result)
+    try:
+        checkpoint = _read(result)
+        if checkpoint is not None:
+            _check_description(result, checkpoint, hopper=hopper)
+    except (TypeError, AttributeError, KeyError, ValueError, IndexError, RecursionError) as problem:
+        # Another tool's JSON may hold anything anywhere; whatever cannot be read is a finding.
+        result.record("configs", [f"malformed: {type(problem).__name__}: {problem}"], "")
+        return result
     if checkpoint is None:
         return result
-    _check_description(result, checkpoint, hopper=hopper)
     _check_size(result, checkpoint, expected_bytes, expected_effective_bits)
     mapped = audit_scales.MappedTensors(checkpoint.table.tensors)
     _check_scales(result, checkpoint, mapped, workers)
@@ -180,6 +186,7 @@ def _read(result: AuditResult) -> _Checkpoint | None:
     broken = audit_config.check_names(quantization, table.tensors)
     result.record("names", broken, "no broken name")
     declared, problems = audit_config.read_declared(quantization, specs)
+    problems += audit_config.check_groups(quantization, declared)
     count = len(declared.algorithms)
     result.record("config.json", problems, f"{count} quantized projections")
     hf_quant_config, problems = read_object(result.directory / "hf_quant_config.json")

@@ -14,7 +14,12 @@ from typing import Any
 
 from pipeline.architecture import TensorSpec
 from pipeline.checkpoint.ignore_rules import find_hits, fused_groups, is_excluded, units_of
-from pipeline.checkpoint.quantization_config import ALGORITHMS, MIXED, NVFP4_ALGORITHMS
+from pipeline.checkpoint.quantization_config import (
+    ALGORITHMS,
+    MIXED,
+    NVFP4_ALGORITHMS,
+    group_spec,
+)
 from pipeline.checkpoint.safetensors_file import TensorInfo
 from pipeline.checkpoint.source_check import is_mtp
 
@@ -106,6 +111,7 @@ def check_hf_quant_config(
             set(inner.get("exclude_modules") or []),
             set(quantization.get("ignore") or []),
         ),
+        "group_size": (inner.get("group_size", 16), 16),
         "kv_cache_quant_algo": (inner.get("kv_cache_quant_algo") or None, kv_algorithm),
     }
     return [
@@ -144,6 +150,11 @@ def check_ignore(declared: Declared, tensors: Mapping[str, TensorInfo]) -> list[
         f"ignore entry {entry!r} also excludes the quantized {module} "
         "(vLLM matches by substring and glob)"
         for entry, module in find_hits(declared.ignore, quantized).items()
+    ]
+    problems += [
+        f"{unit} is quantized, and the ignore list excludes it as vLLM asks for it"
+        for unit in units_of(quantized)
+        if _is_excluded(unit, declared.ignore)
     ]
     needed = [module for module in weights if is_mtp(module)]
     if not declared.is_mixed and "lm_head" in weights:
@@ -195,6 +206,32 @@ def check_alignment(
         return problems + [f"{text} (Hopper needs 64)" for text in uneven], []
     note = f"{len(uneven)} NVFP4 projections cannot run on Hopper, the first {uneven[0]}"
     return problems, [note]
+
+
+def check_groups(quantization: Mapping[str, Any], declared: Declared) -> list[str]:
+    """Whether `config_groups` and the KV scheme describe the algorithms that are declared."""
+    problems = []
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return ["config_groups is missing: loaders read the formats there"]
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            problems.append(f"config_groups {name} is {group!r}")
+            continue
+        targets = [_clean(target) for target in group.get("targets") or []]
+        members = targets if declared.is_mixed else list(declared.algorithms)
+        wanted = {declared.algorithms.get(member) for member in members}
+        said = {key: value for key, value in group.items() if key != "targets"}
+        for algorithm in sorted(KNOWN_ALGORITHMS.intersection(wanted)):
+            if said != group_spec(algorithm):
+                problems.append(f"config_groups {name} does not describe {algorithm}: {said}")
+    scheme = quantization.get("kv_cache_scheme")
+    if isinstance(scheme, dict) and scheme.get("dynamic"):
+        problems.append("kv_cache_scheme is dynamic, and the checkpoint carries static scales")
+    size = quantization.get("group_size", 16)
+    if size != 16:
+        problems.append(f"group_size is {size!r}; NVFP4 has blocks of 16")
+    return problems
 
 
 def _mixed_algorithms(

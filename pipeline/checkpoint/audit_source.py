@@ -26,7 +26,7 @@ from pipeline.checkpoint.audit_scales import MappedTensors
 from pipeline.checkpoint.audit_tensors import Expected
 from pipeline.checkpoint.quantization_config import NVFP4_ALGORITHMS
 from pipeline.checkpoint.safetensors_file import iterate_chunks
-from pipeline.checkpoint.source import Source
+from pipeline.checkpoint.source import Source, read_json
 from pipeline.checkpoint.source_check import is_mtp
 from pipeline.nvfp4.reference import PackedWeight, dequantize_nvfp4
 
@@ -48,8 +48,13 @@ def check_passthrough(
 
 
 def check_small_files(directory: Path, source: Source) -> list[str]:
-    """Small files of the source that are absent here or have other bytes."""
+    """Small files of the source that are absent or differ here; config.json but for its format."""
     problems = []
+    config = read_json(directory / "config.json", "must be a model's config.json")
+    for key in sorted((set(config) | set(source.config)) - {"quantization_config"}):
+        # repr: NaN and Infinity may stand in a config, and NaN is not equal to itself.
+        if repr(config.get(key)) != repr(source.config.get(key)):
+            problems.append(f"config.json {key} differs from the source's")
     for relative, path in source.small_files.items():
         copy = directory / relative
         if not copy.is_file():

@@ -105,7 +105,7 @@ def count_parameters(specs: Sequence[TensorSpec], tensors: Mapping[str, TensorIn
 
 def effective_bits(parameters: int, tensors: Mapping[str, TensorInfo]) -> float:
     """Stored weight bits over all parameters: weights and block scales, without scalars."""
-    stored = sum(info.nbytes for info in tensors.values() if info.shape)
+    stored = sum(info.nbytes for name, info in tensors.items() if info.shape or is_mtp(name))
     return 8 * stored / parameters
 
 

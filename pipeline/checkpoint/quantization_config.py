@@ -220,6 +220,10 @@ def _mixed_groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def group_spec(algorithm: str) -> dict[str, Any]:
+    """`weights` and `input_activations` of a `config_groups` entry."""
+    return {key: dict(value) for key, value in _GROUPS[algorithm].items()}
+
+
 def _group(algorithm: str, targets: Sequence[str]) -> dict[str, Any]:
-    parts = {key: dict(value) for key, value in _GROUPS[algorithm].items()}
-    return {**parts, "targets": list(targets)}
+    return {**group_spec(algorithm), "targets": list(targets)}

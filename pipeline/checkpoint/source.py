@@ -39,8 +39,10 @@ _WEIGHT_SUFFIXES = (
     ".onnx",
     ".h5",
     ".msgpack",
+    ".tmp",
 )
-_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__"}
+# `layersweep` holds the reports of a published checkpoint.
+_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__", "layersweep"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,14 +219,36 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 
 def find_small_files(directory: Path) -> dict[str, Path]:
-    """Relative to absolute path of every file that is neither weights nor written anew."""
+    """Relative to absolute path of every file that is neither weights nor written anew.
+
+    Links are followed (the Hub cache is made of them), but no directory is entered twice.
+
+    Raises:
+        SourceError: Something that is no readable regular file.
+    """
     found: dict[str, Path] = {}
+    entered: set[str] = set()
     for root, directories, names in os.walk(directory, followlinks=True):
-        directories[:] = sorted(set(directories) - _SKIPPED_DIRECTORIES)
+        if os.path.realpath(root) in entered:
+            directories.clear()
+            continue
+        entered.add(os.path.realpath(root))
+        directories[:] = sorted(
+            name
+            for name in set(directories) - _SKIPPED_DIRECTORIES
+            if not name.endswith(_WEIGHT_SUFFIXES)
+        )
         for name in sorted(names):
             path = Path(root) / name
             relative = path.relative_to(directory).as_posix()
             if relative not in _REPLACED and not name.endswith(_WEIGHT_SUFFIXES):
+                if not path.is_file() or not os.access(path, os.R_OK):
+                    raise SourceError(
+                        str(path),
+                        value="a broken link" if path.is_symlink() else "no readable regular file",
+                        rule="every small file is copied along",
+                        remedy="fetch it again, or remove it",
+                    )
                 found[relative] = path
     return found
 

@@ -83,7 +83,7 @@ def test_a_file_that_changed_under_its_checksum_fails(
 
 
 def test_missing_directories_are_refused(tmp_path: Path, directories: tuple[Path, Path]) -> None:
-    with pytest.raises(ConfigError, match="must be a checkpoint directory"):
+    with pytest.raises(ConfigError, match="must be an existing checkpoint directory"):
         verify(VerifyConfig(directory=str(tmp_path / "absent")))
     with pytest.raises(SourceError):
         verify(VerifyConfig(directory=str(directories[1]), source=str(tmp_path / "absent")))
