@@ -7,6 +7,7 @@ Optimizer's (0.47: `model_calib.py`, `calib/mse.py`, `nn/modules/tensor_quantize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ SUPPORTED = (
 # What Model Optimizer's nvfp4_four_over_six.yaml is published with: amax mapped to 6, or to 4.
 _FOUR_OVER_SIX_MULTIPLIERS = (1.0, 1.5)
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
+# An amax below this has a scale that fp32 can only hold as a subnormal number.
+LEAST_AMAX = 1e-30
 _READ = {"num_bits", "block_sizes", "use_constant_amax", "constant_amax"}
 _BASE_NAMES = {(2, 1): "FP4", (4, 3): "FP8", (5, 2): "FP8 E5M2", (3, 2): "FP6", (2, 3): "FP6"}
 
@@ -68,6 +71,10 @@ def read_quantizer(quantizers: Sequence[Attributes]) -> QuantizerFormat:
     if set(attributes) - _READ:
         raise RefusedFormat(describe(attributes))
     constant = attributes.get("constant_amax")
+    if constant is not None and not LEAST_AMAX <= float(constant) < math.inf:
+        raise RefusedFormat(
+            f"a constant amax of {constant}", "give a positive finite one; fp32 holds its scale"
+        )
     if attributes.get("use_constant_amax"):
         constant = float(E4M3_MAX)  # tensor_quantizer.py, _get_amax
     blocks = attributes.get("block_sizes")

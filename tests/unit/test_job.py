@@ -7,7 +7,14 @@ import pytest
 
 from pipeline.architecture import Architecture
 from pipeline.errors import LayersweepError, LayoutError, RecipeError
-from pipeline.job import Job, StoredTensor, build_job, estimate_stored, find_refusals
+from pipeline.job import (
+    Job,
+    StoredTensor,
+    build_job,
+    estimate_stored,
+    find_refusals,
+    quantization_configs,
+)
 from pipeline.recipe import load_recipe
 from pipeline.sharding import ParallelDims
 from tests.unit.checkpoint.tiny import tiny_config
@@ -123,3 +130,31 @@ def test_sizes_of_stored_tensors() -> None:
     assert stored["backbone.layers.1.mixer.gate.weight"].dtype == "F32"
     assert stored["backbone.layers.0.mixer.A_log"].dtype == "BF16"
     assert "mtp.layers.0.eh_proj.weight" in stored
+
+
+KV_ONLY = """
+metadata: {recipe_type: ptq, description: only the KV cache}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*[kv]_bmm_quantizer', cfg: {num_bits: e4m3}}
+"""
+
+
+def test_a_recipe_that_quantizes_no_weight_is_refused_before_the_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "kv.yaml"
+    path.write_text(KV_ONLY)
+    (error,) = refusals(job_of(str(path)))
+    assert isinstance(error, RecipeError)
+    assert "found no quantized projection" in str(error)
+
+
+def test_mtp_tensors_that_config_json_does_not_promise_are_excluded_all_the_same() -> None:
+    architecture = Architecture.from_hf_config(tiny_config(**WIDE, num_nextn_predict_layers=0))
+    stored = estimate_stored(architecture)
+    recipe = load_recipe("nvfp4_four_over_six", PRESETS)
+    for extra, expected in ({}, False), ({"mtp.x": StoredTensor("mtp.x", "BF16", (4,))}, True):
+        job = build_job(architecture, ParallelDims(), recipe, {**stored, **extra})
+        ignore = quantization_configs(job).quantization_config["ignore"]
+        assert ("mtp*" in ignore) is expected

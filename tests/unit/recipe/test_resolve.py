@@ -287,3 +287,11 @@ def test_twenty_thousand_experts_take_seconds() -> None:
         if ".experts." in name and not kind.is_quantized
     ]
     assert len(kept) == 3 * 512 * 2
+
+
+@pytest.mark.parametrize("amax", [float("inf"), float("nan"), 0.0, -1.0, 1e-44])
+def test_a_constant_amax_must_have_a_scale(amax: float) -> None:
+    inputs = NVFP4 | {"constant_amax": amax}
+    entries = [("*experts.*weight_quantizer", STATIC), ("*experts.*input_quantizer", inputs)]
+    with pytest.raises(RecipeError, match=f"a constant amax of {re.escape(str(amax))}"):
+        resolve(recipe_of(entries), modules_of(expected_tensors(ARCHITECTURE)))
