@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.architecture import LayerType
 from pipeline.calibration.hidden import HiddenStore
 from pipeline.calibration.loss import check_loss
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.lock import WorkLock
 from pipeline.checkpoint.publish import prepare
-from pipeline.config import CalibrateConfig
+from pipeline.commits import SCALARS, ScalarSettings
+from pipeline.config import CalibrateConfig, Kernels
 from pipeline.packing import LayerPacker
 from pipeline.preparation import Place, Prepared, fingerprint, load_tokens, prepare_run
-from pipeline.publication import METRICS, publish_run
+from pipeline.publication import publish_rehearsal, publish_run
 from pipeline.report.metrics import MetricsWriter
 from pipeline.report.records import RunReport
 from pipeline.runtime.collectives import Ranks, barrier, broadcast_object
 from pipeline.runtime.progress import Progress
-from pipeline.sweep import LOSS, SCALARS, Sweep, SweepSettings
+from pipeline.sweep import LOSS, Sweep, SweepSettings
+from pipeline.weights import LayerSlot
 
 __all__ = ["Place", "calibrate"]
 
@@ -56,7 +60,7 @@ def calibrate(
     ranks, groups = _connect(config, prepared, place)
     if forward:
         tokens = broadcast_object(tokens, ranks.world)
-    journal = Journal(prepared.work.journal, prepared.work.files)
+    journal = Journal(prepared.work.journal, prepared.work.files, discard=config.discards_output)
     with WorkLock(prepared.work) if place.rank == 0 else nullcontext():
         if place.rank == 0:
             prepare(prepared.work)
@@ -68,8 +72,10 @@ def calibrate(
         if place.rank != 0:
             return None
         if forward:
-            _check_loss(journal, allow_bad_loss=config.allow_bad_loss)
-        return publish_run(
+            # The loss of made-up weights says nothing.
+            _check_loss(journal, allow_bad_loss=config.allow_bad_loss or config.is_synthetic)
+        publish = publish_rehearsal if config.discards_output else publish_run
+        return publish(
             prepared,
             journal,
             resolved_config=resolved_config,
@@ -87,8 +93,7 @@ def _sweep(
 ) -> None:
     """Visits every layer and measures the loss; metrics.jsonl grows meanwhile."""
     sweep = _make_sweep(config, prepared, journal, ranks, groups, tokens)
-    path = prepared.work.root / METRICS
-    with MetricsWriter(path) if ranks.rank == 0 else nullcontext() as metrics:
+    with MetricsWriter(prepared.work.metrics) if ranks.rank == 0 else nullcontext() as metrics:
         sweep.progress.record = None if metrics is None else metrics.write
         sweep.run()
         if tokens is not None:
@@ -111,45 +116,35 @@ def _make_sweep(
     groups: Any,
     token_ids: torch.Tensor | None,
 ) -> Sweep:
-    source, job, dtype = prepared.source, prepared.job, prepared.dtype
-    slots, store, tokens = None, None, 0
+    job, memory = prepared.job, prepared.plan.memory
+    assert memory is not None
+    slots, store = None, None
     if token_ids is not None:
-        from pipeline.mcore.slots import build_slots
-
-        slots = build_slots(
-            job.architecture,
-            job.dims,
-            ranks.rank,
-            groups,
-            device=ranks.device,
-            compute_dtype=dtype,
-            seq_len=token_ids.shape[1],
-        )
-        embedding = source.read(job.stored["backbone.embeddings.weight"].name)
-        store = HiddenStore(
-            token_ids,
-            embedding,
-            job.dims,
-            ranks.rank,
-            micro_batch=config.calibration.micro_batch,
-            dtype=dtype,
-            device=ranks.device,
-        )
-        tokens = token_ids.numel()
+        slots, store = _make_slots(config, prepared, ranks, groups, token_ids)
+    tokens = 0 if token_ids is None else token_ids.numel()
+    triton = config.kernels is Kernels.triton
+    if config.kernels is Kernels.auto:
+        triton = ranks.device.type == "cuda"
+    backend = "triton" if triton else "reference"
+    largest = max(rank.read_ahead_gb for rank in prepared.plan.per_rank)
     return Sweep(
         job=job,
-        source=source,
+        source=prepared.source,
         journal=journal,
         files=prepared.work.files,
         ranks=ranks,
-        packer=LayerPacker(job.architecture, job.dims, ranks, config.compare_to_max),
+        packer=LayerPacker(job.architecture, job.dims, ranks, config.compare_to_max, backend),
         slots=slots,
         store=store,
         settings=SweepSettings(
-            clamp_kv_scales=config.clamp_kv_scales,
-            unobserved_input_scale=config.unobserved_input_scale,
+            scalars=ScalarSettings(config.clamp_kv_scales, config.unobserved_input_scale),
             max_shard_bytes=int(config.max_shard_gb * 1e9),
             cast=config.cast,
+            discard=config.discards_output,
+            read_threads=config.read_threads,
+            write_threads=config.write_threads,
+            read_ahead_bytes=round((config.read_ahead_gb or largest) * 1e9),
+            staging=memory.staging,
         ),
         progress=Progress(
             len(job.schedules),
@@ -159,6 +154,41 @@ def _make_sweep(
             enabled=ranks.rank == 0,
         ),
     )
+
+
+def _make_slots(
+    config: CalibrateConfig,
+    prepared: Prepared,
+    ranks: Ranks,
+    groups: Any,
+    token_ids: torch.Tensor,
+) -> tuple[Mapping[LayerType, LayerSlot], HiddenStore]:
+    """Empty slots, and the hidden states before the first layer."""
+    from pipeline.mcore.slots import build_slots
+
+    job, dtype, memory = prepared.job, prepared.dtype, prepared.plan.memory
+    assert memory is not None
+    embedding = prepared.source.read(job.stored["backbone.embeddings.weight"].name)
+    store = HiddenStore(
+        token_ids,
+        embedding.to(ranks.device),
+        job.dims,
+        ranks.rank,
+        micro_batch=memory.micro_batch,
+        dtype=dtype,
+        device=ranks.device,
+        on_host=memory.hidden_on_host,
+    )
+    slots = build_slots(
+        job.architecture,
+        job.dims,
+        ranks.rank,
+        groups,
+        device=ranks.device,
+        compute_dtype=dtype,
+        seq_len=token_ids.shape[1],
+    )
+    return slots, store
 
 
 def _connect(config: CalibrateConfig, prepared: Prepared, place: Place) -> tuple[Ranks, Any]:

@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pipeline.calibration.data import DataSource
+from pipeline.calibration.token_file import is_token_file
 from pipeline.errors import ConfigError
 from pipeline.sharding import ParallelDims
 
@@ -37,11 +38,37 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Kernels(Enum):
+    """What packs NVFP4 weights; `auto` is Triton kernels on a GPU and plain torch on a CPU."""
+
+    auto = "auto"
+    reference = "reference"
+    triton = "triton"
+
+
+class HiddenStorage(Enum):
+    """Where hidden states stay between layers; `auto` takes the device if they fit there."""
+
+    auto = "auto"
+    device = "device"
+    host = "host"
+
+
 class PlanOutput(Enum):
     """How `launch.plan` answers."""
 
     table = "table"
     json = "json"
+
+
+SYNTHETIC = "synthetic"
+"""In the place of a checkpoint: random weights of a model's shape."""
+DISCARD = "discard"
+"""In the place of an output: write no checkpoint."""
+REPORT_DIRECTORY = "layersweep"
+"""Of the reports, in a finished checkpoint."""
+REHEARSAL_DIRECTORY = "layersweep-rehearsal"
+"""Of the reports where no checkpoint is written, unless `report` says otherwise."""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +98,7 @@ class CalibrationConfig:
 
     num_sequences: int = 512
     seq_len: int = 4096
-    micro_batch: int = 1
+    micro_batch: int | None = None
     seed: int = 0
     loss_sequences: int = 8
 
@@ -83,10 +110,11 @@ class CalibrationConfig:
             ("micro_batch", 1),
             ("loss_sequences", 1),
         ):
-            if getattr(self, item) < least:
+            value = getattr(self, item)
+            if value is not None and value < least:
                 raise ConfigError(
                     f"calibration.{item}",
-                    value=getattr(self, item),
+                    value=value,
                     rule=f"must be at least {least}",
                     remedy="raise it",
                 )
@@ -99,11 +127,19 @@ class CalibrateConfig:
     checkpoint: str = MISSING
     output: str = MISSING
     recipe: str = MISSING
+    model: str | None = None
+    synthetic_seed: int = 0
+    report: str | None = None
     data: Any = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: ComputeDtype = ComputeDtype.auto
     device: Device = Device.auto
+    kernels: Kernels = Kernels.auto
+    hidden_store: HiddenStorage = HiddenStorage.auto
+    read_threads: int = 8
+    read_ahead_gb: float | None = None
+    write_threads: int = 2
     cast: bool = False
     allow_bad_loss: bool = False
     clamp_kv_scales: bool = True
@@ -115,7 +151,7 @@ class CalibrateConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        """Checks numbers that stand alone."""
+        """Checks numbers that stand alone, then the rules between fields."""
         scale = self.unobserved_input_scale
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ConfigError(
@@ -124,11 +160,62 @@ class CalibrateConfig:
                 rule="must be a positive finite number",
                 remedy="leave it out to refuse projections that no token reached",
             )
-        for name in ("max_shard_gb", "timeout_minutes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    name, value=getattr(self, name), rule="must be positive", remedy="raise it"
-                )
+        for name in (
+            *("max_shard_gb", "timeout_minutes"),
+            *("read_threads", "read_ahead_gb", "write_threads"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(name, value=value, rule="must be positive", remedy="raise it")
+        self._check_rehearsal()
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the weights are made up."""
+        return self.checkpoint == SYNTHETIC
+
+    @property
+    def discards_output(self) -> bool:
+        """Whether no checkpoint is written."""
+        return self.output == DISCARD
+
+    @property
+    def report_directory(self) -> Path:
+        """Where the reports will lie."""
+        if self.discards_output:
+            return Path(self.report or REHEARSAL_DIRECTORY)
+        return Path(self.output) / REPORT_DIRECTORY
+
+    def _check_rehearsal(self) -> None:
+        """What goes with made-up weights, and with an output that is discarded."""
+        if self.is_synthetic and self.model is None:
+            raise ConfigError(
+                "model",
+                value="nothing",
+                rule=f"checkpoint={SYNTHETIC} makes random weights of a model's shape",
+                remedy="model=NAME (see conf/model/), or model=PATH of a config.json",
+            )
+        if self.model is not None and not self.is_synthetic:
+            raise ConfigError(
+                "model",
+                value=self.model,
+                rule="the shape of a checkpoint is in its own config.json",
+                remedy=f"leave model out, or use checkpoint={SYNTHETIC} for random weights",
+            )
+        if self.is_synthetic and self.data is not None and not is_token_file(str(self.data)):
+            raise ConfigError(
+                "data",
+                value=self.data,
+                rule=f"checkpoint={SYNTHETIC} has no tokenizer for text",
+                remedy="leave data out for random token ids, or give data=FILE.npy of token ids",
+            )
+        if self.report is not None and not self.discards_output:
+            raise ConfigError(
+                "report",
+                value=self.report,
+                rule=f"a checkpoint carries its report, in OUTPUT/{REPORT_DIRECTORY}",
+                remedy=f"leave report out; it goes with output={DISCARD}",
+            )
 
 
 @dataclass(kw_only=True)
@@ -146,6 +233,13 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Exactly one of checkpoint and model says what to plan."""
+        if self.checkpoint == SYNTHETIC:
+            raise ConfigError(
+                "checkpoint",
+                value=self.checkpoint,
+                rule="a plan needs no weights, not even random ones",
+                remedy="model=NAME alone says what to plan (see conf/model/)",
+            )
         if (self.checkpoint is None) == (self.model is None):
             raise ConfigError(
                 "checkpoint, model",

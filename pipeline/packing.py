@@ -1,9 +1,12 @@
 """Choose and pack one layer: from the weights in a slot to the tensors of this rank's shard file.
 
-In: a layer's weights (this rank's shards), its schedule, the groups. Out: the packed tensors that
-this rank writes, and what packing cost. The order is reduce first, choose after: amax of whole
-logical tensors (MAX), then squared errors of FP8 candidates (SUM), then every rank packs its
-shards; a tensor that TP or ETP cut is assembled, already packed, on one owner.
+In: a layer's weights (this rank's shards), its schedule, the groups. Out: blocks of packed tensors
+on the device, in file order, and what packing cost. The order is reduce first, choose after: amax
+of whole logical tensors (MAX), then squared errors of FP8 candidates (SUM), then every rank packs
+its shards; a tensor that TP or ETP cut is assembled, already packed, on one owner.
+
+Nothing here waits for the device before `LayerPacking.finish`: the steps only enqueue work, so that
+they may run on a stream of their own while the layer computes.
 """
 
 from __future__ import annotations
@@ -14,27 +17,16 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pipeline.architecture import Architecture, TensorSpec
+from pipeline.blocks import Block, DenseWork, ExpertChunk, LayerWork, plan_work
 from pipeline.calibration.choose import choose_fp8_amax
 from pipeline.errors import NumericsError
+from pipeline.nvfp4.backends import Backend, get_backend
 from pipeline.nvfp4.formats import Format, WeightMethod
-from pipeline.nvfp4.reference import (
-    PackedWeight,
-    fp8_squared_errors,
-    quantize_fp8,
-    quantize_nvfp4,
-    tensor_amax,
-)
-from pipeline.nvfp4.statistics import measure_statistics, squared_error_of_max, squared_weight
+from pipeline.nvfp4.reference import fp8_weight_scale, weight_scale_2
 from pipeline.recipe import ModuleFormat
 from pipeline.runtime.collectives import Ranks, gather_bytes, reduce_max, reduce_sum
-from pipeline.schedule import (
-    EXPERT_PROJECTIONS,
-    DenseItem,
-    LayerSchedule,
-    expert_owner,
-    packs_expert,
-    tap_of,
-)
+from pipeline.runtime.lanes import HostCopy
+from pipeline.schedule import EXPERT_PROJECTIONS, DenseItem, LayerSchedule, tap_of
 from pipeline.sharding import ParallelDims, Shard, shard_of
 from pipeline.weights import LayerWeights
 
@@ -48,10 +40,13 @@ STATISTICS = (
     "blocks_flushed",
 )
 
+PackedBlock = tuple[Block, torch.Tensor]
+"""A block and its tensors, stacked along a new first dim."""
+
 
 @dataclasses.dataclass
 class PackedLayer:
-    """What this rank made of a layer.
+    """What this rank made of a layer, on the host.
 
     Attributes:
         tensors: By full name; codes, scales and FP32 scalars that this rank writes.
@@ -72,104 +67,224 @@ class LayerPacker:
         dims: The rank grid.
         ranks: Groups to reduce over.
         compare_to_max: Also measure the error that method `max` would have had.
+        backend: Name of what packs: `reference` or `triton`.
     """
 
     architecture: Architecture
     dims: ParallelDims
     ranks: Ranks
     compare_to_max: bool = True
+    backend: str = "reference"
+
+    def begin(self, schedule: LayerSchedule, weights: LayerWeights) -> LayerPacking:
+        """The packing of one layer; nothing is computed before its steps are taken."""
+        work = plan_work(schedule, self.architecture, self.dims, self.ranks.rank)
+        return LayerPacking(self, schedule, weights, work, get_backend(self.backend))
 
     def pack(self, schedule: LayerSchedule, weights: LayerWeights) -> PackedLayer:
-        """Reduces, chooses and packs; a collective call: every rank makes it for every layer.
+        """Packs a whole layer at once; a collective call.
 
         Raises:
             NumericsError: NaN or Inf in a weight, named with its rank.
         """
+        packing = self.begin(schedule, weights)
         packed = PackedLayer()
-        if schedule.dense:
-            self._pack_dense(schedule, weights, packed)
-        for projection in EXPERT_PROJECTIONS:
-            if projection in schedule.experts:
-                self._pack_experts(schedule, projection, weights, packed)
+        for step in packing.steps():
+            for block, tensors in step:
+                packed.tensors |= dict(zip(block.names, tensors.cpu().unbind(0), strict=True))
+        packed.statistics = packing.finish()
         return packed
 
-    def _pack_dense(
-        self, schedule: LayerSchedule, weights: LayerWeights, packed: PackedLayer
-    ) -> None:
-        at = self.dims.coordinates(self.ranks.rank)
-        items = [item for item in schedule.dense if item.replica == at.dp_rank]
-        if not items:
-            return
-        shards = [self._shard(item.spec) for item in items]
-        local = [weights.weight(item.spec.name) for item in items]
-        amax = torch.stack([tensor_amax(weight) for weight in local])
-        self._check_finite([item.spec.name for item in items], amax)
-        amax = reduce_max(amax, self.ranks.tp).cpu()
-        amax = _share_in_fused_groups(items, amax)
-        amax = self._choose_dense_fp8(items, shards, local, amax)
-        for item, shard, weight, value in zip(items, shards, local, amax, strict=True):
-            if shard.is_whole and item.owner != at.tp_rank:
-                continue  # replicated over TP: the owner packs it alone
-            value = value.to(weight.device)
-            parts = _quantize(weight, value, item.module_format)
-            if shard.is_whole or shard.counted:
-                measured = self._measure(weight, value, parts, item.module_format)
-                packed.statistics[item.spec.name] = measured[0]
-            self._assemble(item, shard, parts, packed)
 
-    def _choose_dense_fp8(
+class LayerPacking:
+    """One layer on its way into a file; `steps` is a collective: every rank takes all of them."""
+
+    def __init__(
         self,
-        items: list[DenseItem],
-        shards: list[Shard],
-        local: list[torch.Tensor],
-        amax: torch.Tensor,
-    ) -> torch.Tensor:
-        """Applies the FP8 multiplier search to the dense tensors whose recipe asks for one."""
+        packer: LayerPacker,
+        schedule: LayerSchedule,
+        weights: LayerWeights,
+        work: LayerWork,
+        backend: Backend,
+    ) -> None:
+        self.work = work
+        self._packer, self._schedule, self._weights = packer, schedule, weights
+        self._backend, self._ranks = backend, packer.ranks
+        self._seen: list[tuple[list[str], torch.Tensor]] = []
+        self._measured: list[tuple[list[str], torch.Tensor]] = []
+        self._on_host: list[HostCopy] = []
+
+    @property
+    def has_collectives(self) -> bool:
+        """Whether a step after the first one needs the other ranks."""
+        return bool(self.work.chunks) and self._packer.dims.etp > 1
+
+    def steps(self) -> Iterator[list[PackedBlock]]:
+        """Reduces and packs, step by step; yields the blocks that this rank writes, in file order.
+
+        The first step reads all weights once and packs the dense ones; the others pack the experts.
+        """
+        dense = self.work.dense
+        dense_amax = self._dense_amax() if dense else None
+        expert_amax = self._expert_amax() if self.work.chunks else {}
+        blocks: list[PackedBlock] = []
+        if self.work.scalars.names:
+            blocks.append((self.work.scalars, self._scalars(dense_amax, expert_amax)))
+        for index, work in enumerate(dense):
+            if work.packs:
+                assert dense_amax is not None
+                blocks += self._pack_dense(work, dense_amax[index])
+        yield blocks
+        for chunk in self.work.chunks:
+            yield self._pack_chunk(chunk, expert_amax[chunk.projection])
+        self._on_host = [HostCopy(values) for _, values in (*self._seen, *self._measured)]
+
+    def finish(self) -> dict[str, tuple[float, ...]]:
+        """Waits for the steps, all taken, to be computed; returns the statistics.
+
+        Raises:
+            NumericsError: NaN or Inf in a weight of this rank, named with its rank.
+        """
+        values = [copy.get() for copy in self._on_host]
+        for (names, _), amax in zip(self._seen, values, strict=False):
+            self._check_finite(names, amax)
+        statistics: dict[str, tuple[float, ...]] = {}
+        for (names, _), columns in zip(self._measured, values[len(self._seen) :], strict=True):
+            statistics |= dict(zip(names, map(tuple, columns.tolist()), strict=True))
+        return statistics
+
+    # ---- amax of whole logical tensors
+
+    def _dense_amax(self) -> torch.Tensor:
+        """What each dense tensor is scaled by, fp32 [n]."""
+        items = [work.item for work in self.work.dense]
+        local = [self._weights.weight(item.spec.name) for item in items]
+        seen = torch.stack([self._backend.tensor_amax(weight) for weight in local])
+        self._seen.append(([item.spec.name for item in items], seen))
+        amax = _share_in_fused_groups(items, reduce_max(seen, self._ranks.tp))
         for multipliers in dict.fromkeys(item.module_format.fp8_multipliers for item in items):
+            if not multipliers:
+                continue
             chosen = [
                 i for i, x in enumerate(items) if x.module_format.fp8_multipliers == multipliers
             ]
-            if not multipliers:
-                continue
             errors = torch.stack(
                 [
-                    fp8_squared_errors(local[i], amax[i].to(local[i].device), multipliers)
-                    * float(shards[i].counted)
+                    self._backend.fp8_squared_errors(local[i], amax[i], multipliers)
+                    * float(self.work.dense[i].shard.counted)
                     for i in chosen
                 ]
             )
-            errors = reduce_sum(errors, self.ranks.tp).cpu()
+            errors = reduce_sum(errors, self._ranks.tp)
             errors = _sum_in_fused_groups([items[i] for i in chosen], errors)
-            amax = amax.clone()
-            amax[chosen] = choose_fp8_amax(amax[chosen], errors, multipliers)
+            better = choose_fp8_amax(amax[chosen], errors, multipliers)
+            amax = amax.index_copy(0, torch.tensor(chosen, device=amax.device), better)
         return amax
 
-    def _assemble(
-        self, item: DenseItem, shard: Shard, parts: dict[str, torch.Tensor], packed: PackedLayer
-    ) -> None:
-        """Gathers the packed shards of one tensor on its owner and puts them in place."""
-        module = item.spec.module
-        for name, part in parts.items():
-            if part.ndim == 0 or shard.is_whole:
-                if item.owner == self.dims.coordinates(self.ranks.rank).tp_rank:
-                    packed.tensors[f"{module}.{name}"] = part.cpu()
-                continue
-            pieces = gather_bytes(part, item.owner, self.ranks.tp)
+    def _expert_amax(self) -> dict[str, torch.Tensor]:
+        """What this rank's experts are scaled by, fp32 [experts] for each projection."""
+        formats = self._schedule.experts
+        projections = [name for name in EXPERT_PROJECTIONS if name in formats]
+        stacks = {name: self._weights.experts(name, self.work.experts) for name in projections}
+        seen = torch.stack([self._backend.tensor_amax(stacks[name]) for name in projections])
+        for name, values in zip(projections, seen, strict=True):
+            self._seen.append((self._expert_names(name), values))
+        amax = dict(zip(projections, reduce_max(seen, self._ranks.etp).unbind(0), strict=True))
+        for name in projections:
+            multipliers = formats[name].fp8_multipliers
+            if multipliers:
+                errors = self._backend.fp8_squared_errors(stacks[name], amax[name], multipliers)
+                errors = reduce_sum(errors, self._ranks.etp)
+                amax[name] = choose_fp8_amax(amax[name], errors, multipliers)
+        return amax
+
+    def _expert_names(self, projection: str) -> list[str]:
+        """Weights of one projection, by the position of their expert."""
+        names: dict[int, str] = {}
+        for chunk in self.work.chunks:
+            if chunk.projection == projection:
+                names |= dict(zip(chunk.positions, chunk.names, strict=True))
+        return [f"{names[position]}.weight" for position in range(len(names))]
+
+    def _scalars(
+        self, dense_amax: torch.Tensor | None, expert_amax: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The scales of whole tensors that this rank writes, fp32 [names]."""
+        parts = []
+        for index, work in enumerate(self.work.dense):
+            if work.blocks:
+                assert dense_amax is not None
+                parts.append(_tensor_scale(dense_amax[index : index + 1], work.item.module_format))
+        for chunk in self.work.chunks:
+            if chunk.blocks:
+                amax = _rows(expert_amax[chunk.projection], chunk.positions)
+                parts.append(_tensor_scale(amax, self._schedule.experts[chunk.projection]))
+        return torch.cat(parts)
+
+    # ---- packing
+
+    def _pack_dense(self, work: DenseWork, amax: torch.Tensor) -> list[PackedBlock]:
+        item = work.item
+        weight = self._weights.weight(item.spec.name)
+        parts, measured = self._quantize(weight[None], amax[None], item.module_format)
+        if work.counts:
+            self._measured.append(([item.spec.name], measured))
+        if work.shard.is_whole:
+            return list(zip(work.blocks, parts, strict=True))
+        joined = []
+        for part in parts:
+            pieces = gather_bytes(part[0], item.owner, self._ranks.tp)
             if pieces is not None:
-                packed.tensors[f"{module}.{name}"] = self._place(item.spec, shard, pieces)
+                joined.append(self._place(item.spec, work.shard, pieces)[None])
+        return list(zip(work.blocks, joined, strict=True))
+
+    def _pack_chunk(self, chunk: ExpertChunk, amax: torch.Tensor) -> list[PackedBlock]:
+        at = chunk.positions
+        experts = self.work.experts[at.start : at.stop : at.step]
+        module_format = self._schedule.experts[chunk.projection]
+        stack = self._weights.experts(chunk.projection, experts)
+        parts, measured = self._quantize(stack, _rows(amax, chunk.positions), module_format)
+        self._measured.append(([f"{name}.weight" for name in chunk.names], measured))
+        joined = []
+        for part in parts:
+            pieces = gather_bytes(part, chunk.owner, self._ranks.etp)
+            if pieces is None:
+                continue
+            if len(pieces) == 1:
+                joined.append(pieces[0])
+                continue
+            dim = 1 if chunk.projection == "up_proj" else 2
+            whole = torch.cat([piece.view(torch.uint8) for piece in pieces], dim)
+            joined.append(whole.view(part.dtype))
+        return list(zip(chunk.blocks, joined, strict=True))
+
+    def _quantize(
+        self, weight: torch.Tensor, amax: torch.Tensor, module_format: ModuleFormat
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Codes (and block scales) of [E, N, K] weights, and `STATISTICS` fp64 [E, 7]."""
+        if module_format.weight_format is Format.fp8:
+            codes, _, error, squared = self._backend.pack_fp8(weight, amax)
+            zero = torch.zeros_like(error)
+            return [codes], torch.stack([error, squared, zero, zero, zero, zero, zero], 1)
+        method = _method(module_format)
+        plain = method in (WeightMethod.max, WeightMethod.max_dynamic)
+        packed, measured = self._backend.pack_nvfp4(
+            weight, amax, method, compare_to_max=self._packer.compare_to_max and not plain
+        )
+        columns = torch.stack([getattr(measured, name).double() for name in STATISTICS], 1)
+        return [packed.codes, packed.weight_scale], columns
 
     def _place(self, spec: TensorSpec, shard: Shard, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Joins packed shards [N, K'] by the ranges of the logical tensor they came from."""
-        local = shard.shape[1]
-        shape = list(pieces[0].shape)
         # Packed columns are fewer than logical ones: by 2 for codes, by 16 for block scales.
-        per_column = local // shape[1]
-        shape[0], shape[1] = spec.shape[0], spec.shape[1] // per_column
-        whole = torch.empty(shape, dtype=torch.uint8)
+        per_column = shard.shape[1] // pieces[0].shape[1]
+        shape = (spec.shape[0], spec.shape[1] // per_column)
+        whole = torch.empty(shape, dtype=torch.uint8, device=pieces[0].device)
         for tp_rank, piece in enumerate(pieces):
-            ranges = self._shard_at(spec, tp_rank).ranges
-            data, offset = piece.view(torch.uint8).cpu(), 0
-            for start, stop in ranges:
+            placed = shard_of(spec, self._packer.architecture, self._packer.dims, tp_rank)
+            assert placed is not None, spec.name
+            data, offset = piece.view(torch.uint8), 0
+            for start, stop in placed.ranges:
                 step = per_column if shard.dim == 1 else 1
                 start, length = start // step, (stop - start) // step
                 target = whole.narrow(shard.dim, start, length)
@@ -177,105 +292,16 @@ class LayerPacker:
                 offset += length
         return whole.view(pieces[0].dtype)
 
-    def _pack_experts(
-        self,
-        schedule: LayerSchedule,
-        projection: str,
-        weights: LayerWeights,
-        packed: PackedLayer,
-    ) -> None:
-        module_format = schedule.experts[projection]
-        at = self.dims.coordinates(self.ranks.rank)
-        count = self.architecture.n_routed_experts // self.dims.ep
-        first = count * at.ep_rank
-        mine = [e for e in range(count) if packs_expert(e, at, self.dims)]
-        if not mine:
-            return
-        prefix = f"backbone.layers.{schedule.layer}.mixer.experts"
-        names = [f"{prefix}.{first + e}.{projection}" for e in mine]
-        stack = weights.experts(projection, mine)
-        amax = tensor_amax(stack)
-        self._check_finite([f"{name}.weight" for name in names], amax)
-        amax = reduce_max(amax, self.ranks.etp)
-        if module_format.fp8_multipliers:
-            errors = fp8_squared_errors(stack, amax, module_format.fp8_multipliers)
-            errors = reduce_sum(errors, self.ranks.etp)
-            amax = choose_fp8_amax(amax, errors, module_format.fp8_multipliers)
-        for owner in range(self.dims.etp):
-            chosen = [i for i, e in enumerate(mine) if expert_owner(e, self.dims) == owner]
-            if not chosen:
-                continue
-            part_of_stack = stack if len(chosen) == len(mine) else stack[chosen]
-            parts = _quantize(part_of_stack, amax[chosen], module_format)
-            measured = self._measure(part_of_stack, amax[chosen], parts, module_format)
-            for i, statistics in zip(chosen, measured, strict=True):
-                packed.statistics[f"{names[i]}.weight"] = statistics
-            for key, part in parts.items():
-                whole = self._join_experts(part, owner, 1 if projection == "up_proj" else 2)
-                if whole is not None:
-                    for i, tensor in zip(chosen, whole.unbind(0), strict=True):
-                        packed.tensors[f"{names[i]}.{key}"] = tensor
-
-    def _join_experts(self, part: torch.Tensor, owner: int, dim: int) -> torch.Tensor | None:
-        """Packed experts [E, N, K'] or scalars [E], whole, on their owner; None elsewhere."""
-        if part.ndim == 1:
-            mine = self.dims.coordinates(self.ranks.rank).etp_rank == owner
-            return part.cpu() if mine else None
-        pieces = gather_bytes(part, owner, self.ranks.etp)
-        if pieces is None:
-            return None
-        if len(pieces) == 1:
-            return pieces[0].cpu()
-        joined = torch.cat([piece.view(torch.uint8).cpu() for piece in pieces], dim)
-        return joined.view(part.dtype)
-
-    def _measure(
-        self,
-        weight: torch.Tensor,
-        amax: torch.Tensor,
-        parts: dict[str, torch.Tensor],
-        module_format: ModuleFormat,
-    ) -> list[tuple[float, ...]]:
-        """`STATISTICS` of each matrix of `weight` ([N, K] or [E, N, K])."""
-        stack = weight if weight.ndim == 3 else weight[None]
-        amax = amax.reshape(-1)
-        if module_format.weight_format is Format.fp8:
-            error = fp8_squared_errors(stack, amax, (1.0,))[..., 0]
-            zero = torch.zeros_like(error)
-            columns = [error, squared_weight(stack), zero, zero, zero, zero, zero]
-            return [tuple(row) for row in torch.stack(columns, 1).tolist()]
-        method = _method(module_format)
-        packed = _as_packed(parts, weight.ndim)
-        measured = measure_statistics(stack, packed, amax, method)
-        of_max = measured.squared_error
-        if self.compare_to_max and method not in (WeightMethod.max, WeightMethod.max_dynamic):
-            of_max = squared_error_of_max(stack, amax)
-        values = (
-            getattr(measured, name) if name != "squared_error_of_max" else of_max
-            for name in STATISTICS
-        )
-        return [tuple(row) for row in torch.stack([v.double() for v in values], 1).tolist()]
-
-    def _check_finite(self, names: list[str], amax: torch.Tensor) -> None:
+    def _check_finite(self, names: Sequence[str], amax: torch.Tensor) -> None:
         """Looks at this rank's own amax, before a reduction: so the rank at fault says so."""
         for name, is_finite in zip(names, amax.isfinite().tolist(), strict=True):
             if not is_finite:
                 raise NumericsError(
-                    f"{name} (rank {self.ranks.rank})",
+                    f"{name} (rank {self._ranks.rank})",
                     value="NaN or Inf",
                     rule="every weight must be finite",
                     remedy="replace the source checkpoint; its weights are corrupt",
                 )
-
-    def _shard(self, spec: TensorSpec) -> Shard:
-        shard = shard_of(spec, self.architecture, self.dims, self.ranks.rank)
-        assert shard is not None, spec.name
-        return shard
-
-    def _shard_at(self, spec: TensorSpec, tp_rank: int) -> Shard:
-        shard = shard_of(spec, self.architecture, self.dims, tp_rank)
-        assert shard is not None, spec.name
-        return shard
 
 
 def _method(module_format: ModuleFormat) -> WeightMethod:
@@ -283,26 +309,16 @@ def _method(module_format: ModuleFormat) -> WeightMethod:
     return module_format.weight_method
 
 
-def _quantize(
-    weight: torch.Tensor, amax: torch.Tensor, module_format: ModuleFormat
-) -> dict[str, torch.Tensor]:
-    """Tensors that replace a weight [..., N, K], by the last part of their names."""
+def _tensor_scale(amax: torch.Tensor, module_format: ModuleFormat) -> torch.Tensor:
+    """`weight_scale` of FP8 tensors, `weight_scale_2` of NVFP4 ones; fp32 [n]."""
     if module_format.weight_format is Format.fp8:
-        codes, weight_scale = quantize_fp8(weight, amax)
-        return {"weight": codes, "weight_scale": weight_scale}
-    packed = quantize_nvfp4(weight, amax, _method(module_format))
-    return {
-        "weight": packed.codes,
-        "weight_scale": packed.weight_scale,
-        "weight_scale_2": packed.weight_scale_2,
-    }
+        return fp8_weight_scale(amax)
+    return weight_scale_2(amax, _method(module_format))
 
 
-def _as_packed(parts: dict[str, torch.Tensor], ndim: int) -> PackedWeight:
-    record = PackedWeight(parts["weight"], parts["weight_scale"], parts["weight_scale_2"])
-    if ndim == 3:
-        return record
-    return PackedWeight(*(part[None] for part in parts.values()))
+def _rows(values: torch.Tensor, positions: range) -> torch.Tensor:
+    """The values at some positions, a view."""
+    return values[positions.start : positions.stop : positions.step]
 
 
 def _fused_groups(items: Sequence[DenseItem]) -> Iterator[list[int]]:

@@ -10,8 +10,9 @@ import dataclasses
 from typing import Any
 
 from pipeline.architecture import LayerType
-from pipeline.errors import LayersweepError
+from pipeline.errors import ConfigError, LayersweepError
 from pipeline.job import Job, find_refusals
+from pipeline.memory import MemoryPlan, MemoryWish, plan_memory
 from pipeline.nvfp4.formats import BLOCK_SIZE, Format
 from pipeline.plan_ranks import (
     GB,
@@ -58,6 +59,7 @@ class Plan:
     files: int
     groups: list[GroupPlan]
     per_rank: list[RankPlan]
+    memory: MemoryPlan | None
     unmatched_patterns: list[str]
     notes: list[str]
     refusals: list[str]
@@ -76,6 +78,8 @@ def make_plan(
     num_sequences: int,
     seq_len: int,
     compute_bytes: int,
+    memory: MemoryWish | None = None,
+    read_ahead_bytes: int | None = None,
     extra_refusals: list[LayersweepError] | None = None,
 ) -> Plan:
     """Plans one job.
@@ -85,6 +89,8 @@ def make_plan(
         num_sequences: Calibration sequences in all.
         seq_len: Tokens of each.
         compute_bytes: Bytes per element of the compute dtype.
+        memory: The device, and what the user fixed; None plans for a CPU.
+        read_ahead_bytes: Of the read-ahead's host buffer; None means a rank's largest layer.
         extra_refusals: What was already found wrong with the source.
     """
     refusals = [*(extra_refusals or []), *find_refusals(job, seq_len)]
@@ -94,7 +100,20 @@ def make_plan(
     writes = written_bytes(job)
     layout_ok = not any(type(error).__name__ == "LayoutError" for error in refusals)
     tokens = (num_sequences, seq_len) if job.resolution.needs_forward else (0, 0)
-    per_rank = plan_ranks(job, writes, tokens, compute_bytes) if layout_ok else []
+    per_rank = plan_ranks(job, writes, compute_bytes) if layout_ok else []
+    planned = None
+    if per_rank:
+        try:
+            planned = plan_memory(
+                job,
+                tokens=tokens,
+                compute_bytes=compute_bytes,
+                slots=round(max(rank.slot_gb for rank in per_rank) * GB),
+                read_ahead=read_ahead_bytes or round(per_rank[0].read_ahead_gb * GB),
+                wish=memory or MemoryWish(),
+            )
+        except ConfigError as error:
+            refusals.append(error)
     return Plan(
         recipe=job.recipe.name,
         layout=job.dims.describe(),
@@ -108,6 +127,7 @@ def make_plan(
         files=_files(job),
         groups=groups,
         per_rank=per_rank,
+        memory=planned,
         unmatched_patterns=job.resolution.unmatched_patterns,
         notes=_notes(job),
         refusals=[str(error) for error in refusals],

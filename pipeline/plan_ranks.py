@@ -22,30 +22,24 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class RankPlan:
-    """What one rank holds, reads and writes, in GB (10^9 bytes)."""
+    """What one rank reads and writes, in GB (10^9 bytes)."""
 
     rank: int
     slot_gb: float
     read_ahead_gb: float
-    hidden_gb: float
     reads_gb: float
     writes_gb: float
 
 
-def plan_ranks(
-    job: Job, writes: list[int], tokens: tuple[int, int], compute_bytes: int
-) -> list[RankPlan]:
+def plan_ranks(job: Job, writes: list[int], compute_bytes: int) -> list[RankPlan]:
     """One row per rank.
 
     Args:
         job: A job whose layout fits.
         writes: Bytes that each rank writes.
-        tokens: Calibration sequences and their length; (0, 0) without a forward pass.
         compute_bytes: Bytes per element of the compute dtype.
     """
     dims = job.dims
-    sequences = math.ceil(tokens[0] / dims.dp)
-    hidden = sequences * tokens[1] // dims.tp * job.architecture.hidden_size * compute_bytes
     copied = [0] * dims.world
     for name, rank in job.outer:
         copied[rank] += job.stored[name].nbytes
@@ -59,7 +53,7 @@ def plan_ranks(
         else:
             sizes = [_streamed_bytes(job, schedule, rank) for schedule in job.schedules]
             slots, reads, largest = 0, sum(sizes), max(sizes)
-        values = (slots, largest, hidden, reads + copied[rank], writes[rank])
+        values = (slots, largest, reads + copied[rank], writes[rank])
         plans.append(RankPlan(rank, *(size / GB for size in values)))
     return plans
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from pipeline.architecture import Architecture
-from pipeline.checkpoint.source import open_source, read_json
+from pipeline.checkpoint.source import open_source
 from pipeline.checkpoint.source_check import check_source
-from pipeline.config import ComputeDtype, PlanConfig, PlanOutput, read_yaml
-from pipeline.errors import ConfigError, LayersweepError
+from pipeline.config import ComputeDtype, PlanConfig, PlanOutput
+from pipeline.errors import LayersweepError
 from pipeline.job import StoredTensor, build_job, estimate_stored
+from pipeline.model_config import read_model_config
 from pipeline.plan import Plan, make_plan
 from pipeline.preparation import stored_tensors
 from pipeline.recipe import load_recipe
@@ -80,27 +80,5 @@ def _read_model(
             refusals.append(error)
             return architecture, estimate_stored(architecture)
     assert config.model is not None
-    architecture = Architecture.from_hf_config(_model_config(config.model, conf_dir))
+    architecture = Architecture.from_hf_config(read_model_config(config.model, conf_dir))
     return architecture, estimate_stored(architecture)
-
-
-def _model_config(model: str, conf_dir: Path) -> dict[str, Any]:
-    """The config.json of a known model, or the one at a path."""
-    preset = conf_dir / "model" / f"{model}.yaml"
-    if preset.is_file():
-        values = read_yaml(preset)
-        if "config_of" in values:
-            return open_source(str(values["config_of"])).config
-        return values
-    path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        known = sorted(file.stem for file in (conf_dir / "model").glob("*.yaml"))
-        raise ConfigError(
-            "model",
-            value=model,
-            rule="must be one of " + ", ".join(known) + ", or the path of a config.json",
-            remedy="for a checkpoint use checkpoint=DIR",
-        )
-    return read_json(path, "must be a model's config.json")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,15 @@ from pipeline.architecture import Architecture
 from pipeline.calibration.data import check_token_ids, load_sequences
 from pipeline.calibration.token_file import is_token_file, load_token_file
 from pipeline.checkpoint.publish import WorkDirectory, check_output
-from pipeline.checkpoint.source import Source, open_source
+from pipeline.checkpoint.rehearsal import check_rehearsal
+from pipeline.checkpoint.source import FileSource, Source, open_source
 from pipeline.checkpoint.source_check import SourceCheck, check_source
-from pipeline.config import CalibrateConfig, ComputeDtype, Device, data_sources
+from pipeline.checkpoint.synthetic import SyntheticSource, random_token_ids
+from pipeline.config import CalibrateConfig, ComputeDtype, Device, Kernels, data_sources
 from pipeline.errors import ConfigError, LayersweepError
-from pipeline.job import Job, StoredTensor, build_job, find_refusals
+from pipeline.job import Job, StoredTensor, build_job, estimate_stored, find_refusals
+from pipeline.memory import MemoryWish
+from pipeline.model_config import read_model_config
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.report.plan_table import describe_unmatched
@@ -81,17 +84,15 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     device = _device(config, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # first: Model Optimizer's import opens a CUDA context
-    source = open_source(config.checkpoint)
-    architecture = Architecture.from_hf_config(source.config)
-    checked = check_source(source, architecture, cast=config.cast)
-    work = check_output(Path(config.output), source.directory)
+    source, architecture, stored = _open_source(config, conf_dir, device)
+    work = _check_output(config, source)
     if place.rank == 0:
-        logger.info("source  %s", source.directory)  # before Model Optimizer's slow import
+        logger.info("source  %s", source.location)  # before Model Optimizer's slow import
     recipe = load_recipe(config.recipe, conf_dir / "recipe")
     dims = config.parallel.dims(place.world, architecture.n_routed_experts)
-    job = build_job(architecture, dims, recipe, stored_tensors(source, checked))
+    job = build_job(architecture, dims, recipe, stored)
     refusals = find_refusals(job, config.calibration.seq_len)
-    if job.resolution.needs_forward and config.data is None:
+    if job.resolution.needs_forward and config.data is None and not config.is_synthetic:
         refusals.append(
             ConfigError(
                 "data",
@@ -102,20 +103,24 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
         )
     if refusals:
         raise _join(refusals)
-    dtype = _compute_dtype(config, device)
+    dtype, ahead = _compute_dtype(config, device), config.read_ahead_gb
     plan = make_plan(
         job,
         num_sequences=config.calibration.num_sequences,
         seq_len=config.calibration.seq_len,
         compute_bytes=dtype.itemsize,
+        memory=_memory_wish(config, device),
+        read_ahead_bytes=None if ahead is None else round(ahead * 1e9),
     )
+    if plan.refusals:  # what the plan alone finds: it does not fit into the device
+        raise LayersweepError("\n  - ".join(plan.refusals))
     prepared = Prepared(source, job, plan, work, device, dtype)
     if place.rank == 0:
         _announce(prepared, config)
     return prepared
 
 
-def stored_tensors(source: Source, checked: SourceCheck) -> dict[str, StoredTensor]:
+def stored_tensors(source: FileSource, checked: SourceCheck) -> dict[str, StoredTensor]:
     """The source's tensors by logical name."""
     stored = {}
     for spec in checked.specs:
@@ -134,17 +139,21 @@ def load_tokens(config: CalibrateConfig, conf_dir: Path, prepared: Prepared) -> 
         DataError: Unreadable, too little, or ids that the model does not have.
     """
     size = config.calibration
+    source, vocab_size = prepared.source, prepared.job.architecture.vocab_size
+    if isinstance(source, SyntheticSource) and config.data is None:
+        return random_token_ids(vocab_size, size.num_sequences, size.seq_len, seed=size.seed)
     if isinstance(config.data, str) and is_token_file(config.data):
         ids = load_token_file(config.data, size.num_sequences, size.seq_len)
     else:
+        assert isinstance(source, FileSource), "the options allow no text without a tokenizer"
         ids = load_sequences(
             data_sources(config.data, conf_dir / "data"),
-            prepared.source.directory,
+            source.directory,
             num_sequences=size.num_sequences,
             seq_len=size.seq_len,
             seed=size.seed,
         )
-    check_token_ids(ids, prepared.job.architecture.vocab_size)
+    check_token_ids(ids, vocab_size)
     return ids
 
 
@@ -155,7 +164,7 @@ def fingerprint(
     data = "" if token_ids is None else hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
     return {
         "layersweep": __version__,
-        "source": _source_digest(prepared.source),
+        "source": prepared.source.digest(),
         "recipe": prepared.job.recipe.digest,
         "calibration_tokens": data,
         "loss_sequences": config.calibration.loss_sequences,
@@ -167,22 +176,29 @@ def fingerprint(
     }
 
 
-def _source_digest(source: Source) -> str:
-    """Digest of config.json, and of what tells one weight file from another without reading it.
+def _open_source(
+    config: CalibrateConfig, conf_dir: Path, device: torch.device
+) -> tuple[Source, Architecture, dict[str, StoredTensor]]:
+    """The checkpoint, or made-up weights; its shape; its tensors by logical name."""
+    if not config.is_synthetic:
+        source = open_source(config.checkpoint)
+        architecture = Architecture.from_hf_config(source.config)
+        checked = check_source(source, architecture, cast=config.cast)
+        return source, architecture, stored_tensors(source, checked)
+    assert config.model is not None
+    values = read_model_config(config.model, conf_dir)
+    architecture = Architecture.from_hf_config(values)
+    stored = estimate_stored(architecture)
+    seed = config.synthetic_seed
+    made_up = SyntheticSource(config.model, values, stored, seed=seed, device=device)
+    return made_up, architecture, stored
 
-    That is its name, size, time of change, first and last 64 KiB. A source that was copied
-    elsewhere in between is another one.
-    """
-    digest = hashlib.sha256((source.directory / "config.json").read_bytes())
-    for path in sorted({info.path for info in source.tensors.values()}):
-        status = path.stat()
-        size = status.st_size
-        digest.update(f"{path.name} {size} {status.st_mtime_ns}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(65536))
-            file.seek(max(0, size - 65536), os.SEEK_SET)
-            digest.update(file.read(65536))
-    return digest.hexdigest()
+
+def _check_output(config: CalibrateConfig, source: Source) -> WorkDirectory:
+    directory = source.directory if isinstance(source, FileSource) else None
+    if config.discards_output:
+        return check_rehearsal(config.report_directory, directory)
+    return check_output(Path(config.output), directory)
 
 
 def _device(config: CalibrateConfig, place: Place) -> torch.device:
@@ -190,6 +206,13 @@ def _device(config: CalibrateConfig, place: Place) -> torch.device:
     if config.device is Device.auto:
         on_gpu = torch.cuda.is_available()
     if not on_gpu:
+        if config.kernels is Kernels.triton:
+            raise ConfigError(
+                "kernels",
+                value=config.kernels.value,
+                rule="Triton kernels run on a GPU, and this run is on the CPU",
+                remedy="leave kernels out, or use device=cuda",
+            )
         return torch.device("cpu")
     if place.local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -199,6 +222,13 @@ def _device(config: CalibrateConfig, place: Place) -> torch.device:
             remedy="start fewer ranks on this node, or use device=cpu",
         )
     return torch.device("cuda", place.local_rank)
+
+
+def _memory_wish(config: CalibrateConfig, device: torch.device) -> MemoryWish:
+    size = None
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+    return MemoryWish(config.calibration.micro_batch, config.hidden_store.value, size)
 
 
 def _compute_dtype(config: CalibrateConfig, device: torch.device) -> torch.dtype:
@@ -223,7 +253,12 @@ def _announce(prepared: Prepared, config: CalibrateConfig) -> None:
         logger.warning("%s", describe_unmatched(plan.unmatched_patterns))
     for note in plan.notes:
         logger.warning("%s", note)
-    logger.info("output  %s (work directory %s)", work.final, work.root)
+    if work.is_rehearsal:
+        logger.info(
+            "output  discarded: a rehearsal, which cannot be resumed; report %s", work.final
+        )
+    else:
+        logger.info("output  %s (work directory %s)", work.final, work.root)
 
 
 def _join(refusals: list[LayersweepError]) -> LayersweepError:

@@ -1,12 +1,13 @@
 """The end of a run: from committed layers to a published, audited checkpoint with its report.
 
 In: the journal of a complete sweep. Out: the final directory, which appears by one rename after
-the audit has passed, and the `RunReport`. Rank 0 alone does this.
+the audit has passed, and the `RunReport`. Of a rehearsal, the report alone. Rank 0 does this.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 
 from pipeline.checkpoint.audit import AuditResult, audit
 from pipeline.checkpoint.journal import Journal, LayerRecord
-from pipeline.checkpoint.publish import finalize, publish
+from pipeline.checkpoint.publish import final_records, finalize, publish
+from pipeline.checkpoint.rehearsal import check_counts, finish_rehearsal
 from pipeline.checkpoint.source import Source
+from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
+from pipeline.config import DISCARD, REPORT_DIRECTORY
 from pipeline.errors import OutputError
 from pipeline.job import Job, quantization_configs
 from pipeline.preparation import Prepared
@@ -26,7 +30,8 @@ from pipeline.report.run_json import write_run_json
 from pipeline.run_report import build_report
 from pipeline.sweep import LOSS, OUTER, SCALARS
 
-REPORT_DIRECTORY = "layersweep"
+__all__ = ["METRICS", "REPORT_DIRECTORY", "publish_rehearsal", "publish_run"]
+
 METRICS = "metrics.jsonl"
 
 
@@ -47,16 +52,8 @@ def publish_run(
     """
     clock = time.monotonic()
     job, work = prepared.job, prepared.work
-    units: list[int | str] = [*range(len(job.schedules)), OUTER]
-    if job.resolution.needs_forward:
-        units.append(LOSS)
-    records = {unit: _committed(journal, unit) for unit in units}
-    files = [file for record in records.values() for file in record.files]
-    scalars = {
-        name: value for record in records.values() for name, value in _scalars(record).items()
-    }
-    if scalars:
-        files.append(_write_scalars(work.files / "scalars.safetensors", scalars))
+    records = _read_journal(prepared, journal)
+    files = _collect_files(prepared, records)
     named = publish(
         work,
         files,
@@ -70,10 +67,89 @@ def publish_run(
     phases["publish"], clock = time.monotonic() - clock, time.monotonic()
     result = _audit(prepared, named)
     phases["audit"] = time.monotonic() - clock
-    report = build_report(prepared, records, audit=_describe(result))
-    report.phases = phases
+    audited = {"passed": result.ok, **_describe(result)}
+    report = _build_report(prepared, records, audited, phases)
     _write_reports(work.files / REPORT_DIRECTORY, report, named)
     finalize(work)
+    return report
+
+
+def publish_rehearsal(
+    prepared: Prepared, journal: Journal, *, resolved_config: str, phases: dict[str, float]
+) -> RunReport:
+    """Reports on a run that wrote no checkpoint, after its counts were compared with the plan.
+
+    Args:
+        prepared: What was decided and promised; `prepared.work` is a rehearsal's.
+        journal: All units committed.
+        resolved_config: Saved beside the report.
+        phases: Seconds so far, by phase.
+
+    Raises:
+        AuditError: What would have been written is not what was planned.
+        OutputError: Writing failed, a unit is not committed, or a tensor would be in two files.
+    """
+    clock = time.monotonic()
+    work, plan = prepared.work, prepared.plan
+    records = _read_journal(prepared, journal)
+    named = final_records(_collect_files(prepared, records))
+    result = check_counts(
+        named,
+        _configs(prepared.job, prepared.source)["config"],
+        expected_bytes=plan.quantized_bytes,
+        expected_effective_bits=plan.effective_bits,
+    )
+    result.raise_if_failed()
+    phases["count"] = time.monotonic() - clock
+    counted = {"rehearsal": "counted, and not read back: nothing was written", **_describe(result)}
+    report = _build_report(prepared, records, counted, phases)
+    report.output = DISCARD
+    report.warnings.insert(0, "a rehearsal: no checkpoint was written")
+    (work.final / "config.yaml").write_text(resolved_config, encoding="utf-8")
+    work.metrics.replace(work.final / METRICS)
+    _write_reports(work.final, report, named)
+    finish_rehearsal(work)
+    return report
+
+
+def _read_journal(prepared: Prepared, journal: Journal) -> dict[int | str, LayerRecord]:
+    """The records of all units, in the order of the published files."""
+    units: list[int | str] = [*range(len(prepared.job.schedules)), OUTER]
+    if prepared.job.resolution.needs_forward:
+        units.append(LOSS)
+    return {unit: _committed(journal, unit) for unit in units}
+
+
+def _collect_files(
+    prepared: Prepared, records: Mapping[int | str, LayerRecord]
+) -> list[FileRecord]:
+    """The weight files in their published order; the file of the activations' scalars is new."""
+    files = [file for record in records.values() for file in record.files]
+    scalars = {
+        name: value for record in records.values() for name, value in _scalars(record).items()
+    }
+    if scalars:
+        files.append(_write_scalars(prepared.work.files / "scalars.safetensors", scalars))
+    return files
+
+
+def _build_report(
+    prepared: Prepared,
+    records: Mapping[int | str, LayerRecord],
+    audit: dict[str, object],
+    phases: dict[str, float],
+) -> RunReport:
+    """The report; of made-up weights, without a loss, which would say nothing."""
+    is_synthetic = isinstance(prepared.source, SyntheticSource)
+    told = {unit: record for unit, record in records.items() if unit != LOSS or not is_synthetic}
+    report = build_report(prepared, told, audit=audit)
+    report.phases = phases
+    if is_synthetic:
+        report.warnings.insert(
+            0,
+            "the weights are random: loss (left out), routing, input amax and quantization error "
+            "say nothing about a trained model",
+        )
     return report
 
 
@@ -124,7 +200,6 @@ def _write_scalars(path: Path, scalars: dict[str, float]) -> FileRecord:
 
 def _describe(result: AuditResult) -> dict[str, object]:
     return {
-        "passed": result.ok,
         "checks": len(result.checks),
         "tensors": result.figures.tensors,
         "notes": list(result.notes),

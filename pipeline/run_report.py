@@ -42,7 +42,7 @@ def build_report(
     job, plan = prepared.job, prepared.plan
     compute = f"{str(prepared.dtype).removeprefix('torch.')} on {prepared.device.type}"
     report = RunReport(
-        source=str(prepared.source.directory),
+        source=prepared.source.location,
         output=str(prepared.work.final),
         recipe=job.recipe.name,
         layers=[],
@@ -59,6 +59,10 @@ def build_report(
         unmatched_patterns=job.resolution.unmatched_patterns,
         outside=_outside(job),
     )
+    if prepared.device.type == "cuda":
+        report.peak_bytes = torch.cuda.max_memory_allocated(prepared.device)
+        report.planned_peak_bytes = plan.memory.peak if plan.memory is not None else None
+    report.micro_batch = plan.memory.micro_batch if plan.memory and plan.needs_forward else None
     for schedule in job.schedules:
         record = records[schedule.layer]
         summary = _summary(record)

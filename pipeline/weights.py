@@ -1,13 +1,14 @@
-"""Where packing finds a layer's weights: in a slot, or in buffers read straight from the source.
+"""Where packing finds a layer's weights, and where they are loaded to.
 
-In: a filled slot, or the shards that the read-ahead fetched. Out: this rank's shards as [N, K]
-matrices and stacks of experts. Weight-only recipes need no forward pass, hence no slot.
+In: shards of one layer, tensor by tensor. Out: this rank's shards as [N, K] matrices and stacks of
+experts. With a forward pass they lie in a slot of megatron's modules; weight-only recipes need none
+and keep what this rank packs in buffers of the same kind.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -22,18 +23,34 @@ class LayerWeights(Protocol):
     def weight(self, name: str) -> torch.Tensor:
         """Local shard [N, K] of a dense tensor."""
 
-    def experts(self, projection: str, chosen: list[int]) -> torch.Tensor:
+    def experts(self, projection: str, chosen: Sequence[int]) -> torch.Tensor:
         """Stack [len(chosen), N, K] of `up_proj` or `down_proj`; `chosen` are local indices."""
 
 
-class LayerSlot(Protocol):
+class Loadable(Protocol):
+    """What can be filled with one layer after the other, tensor by tensor."""
+
+    def begin_fill(self, layer: int) -> None:
+        """The layer held so far is given up."""
+
+    def target_of(self, spec: TensorSpec) -> torch.Tensor:
+        """Where a tensor of the layer goes, for sources that write straight into it."""
+
+    def load(self, spec: TensorSpec, shard: Shard, tensor: torch.Tensor) -> None:
+        """Takes in one tensor; may copy asynchronously on the current stream."""
+
+    def end_fill(self) -> None:
+        """The layer is whole."""
+
+
+class LayerSlot(Loadable, Protocol):
     """What the sweep uses of `pipeline.mcore.slots.Slot`."""
 
     def fill(self, layer: int, read: Callable[[TensorSpec, Shard], torch.Tensor]) -> None:
-        """Loads this rank's shards of a layer."""
+        """Loads this rank's shards of a layer at once."""
 
     def forward(self, hidden: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
-        """Hidden states [seq/tp, batch, hidden] after the layer."""
+        """Hidden states [seq/tp, batch, hidden] after the layer; may overwrite those before."""
 
     def weight(self, name: str) -> torch.Tensor:
         """Local shard of a dense tensor."""
@@ -48,7 +65,10 @@ class Tap(Protocol):
     def activation(self, projection: str, x: torch.Tensor) -> None:
         """Input of a projection, or keys or values."""
 
-    def routing(self, routing_map: torch.Tensor) -> None:
+    def amax_of(self, projection: str) -> torch.Tensor | None:
+        """The running amax that a kernel may raise."""
+
+    def routing(self, chosen_TK: torch.Tensor) -> None:
         """Experts chosen by this rank's own tokens."""
 
 
@@ -62,34 +82,94 @@ class SlotWeights:
         """Local shard [N, K] of a dense tensor."""
         return self.slot.weight(name)
 
-    def experts(self, projection: str, chosen: list[int]) -> torch.Tensor:
-        """Stack of the chosen local experts; a view where all are chosen."""
+    def experts(self, projection: str, chosen: Sequence[int]) -> torch.Tensor:
+        """Stack of the chosen local experts; a view where they are evenly spaced."""
         stack, _ = self.slot.experts(projection)
-        return stack if len(chosen) == stack.shape[0] else stack[chosen]
+        return take(stack, chosen)
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamedWeights:
-    """Weights as they were read, for a sweep without a forward pass.
+class Buffers:
+    """Weights of one layer at a time, without modules: what this rank packs, and nothing else.
 
-    Attributes:
-        layer: Index of the layer.
+    Args:
         first_expert: Index of this rank's first expert.
-        tensors: Shards by full name.
         device: Where packing runs.
     """
 
-    layer: int
-    first_expert: int
-    tensors: Mapping[str, torch.Tensor]
-    device: torch.device
+    def __init__(self, first_expert: int, device: torch.device) -> None:
+        self.layer: int | None = None
+        self._first_expert, self._device = first_expert, device
+        self._dense: dict[str, torch.Tensor] = {}
+        self._stacks: dict[str, tuple[torch.Tensor, dict[int, int]]] = {}
+        self._experts: Mapping[str, Sequence[int]] = {}
+
+    def expect_experts(self, chosen: Mapping[str, Sequence[int]]) -> None:
+        """Tells before a fill which experts (global indices) of each projection will come."""
+        self._experts = {
+            name: [expert - self._first_expert for expert in experts]
+            for name, experts in chosen.items()
+        }
+
+    def begin_fill(self, layer: int) -> None:
+        """Gives up the layer held so far, but not its memory."""
+        self.layer, self._filling = None, layer
+        self._stacks = {
+            name: (stack, {e: i for i, e in enumerate(self._experts.get(name, ()))})
+            for name, (stack, _) in self._stacks.items()
+        }
+
+    def target_of(self, spec: TensorSpec) -> torch.Tensor:
+        """A buffer of a whole, uncut tensor."""
+        return self._target(spec, spec.shape, torch.bfloat16)
+
+    def load(self, spec: TensorSpec, shard: Shard, tensor: torch.Tensor) -> None:
+        """Copies one shard in."""
+        target = self._target(spec, shard.shape, tensor.dtype)
+        if target.data_ptr() != tensor.data_ptr():
+            target.copy_(tensor, non_blocking=True)
+
+    def end_fill(self) -> None:
+        """Declares the layer whole."""
+        self.layer = self._filling
 
     def weight(self, name: str) -> torch.Tensor:
         """Local shard [N, K] of a dense tensor."""
-        return self.tensors[name].to(self.device)
+        assert name.startswith(f"backbone.layers.{self.layer}."), name
+        return self._dense[_inner(name)]
 
-    def experts(self, projection: str, chosen: list[int]) -> torch.Tensor:
-        """Stack of the chosen local experts."""
-        prefix = f"backbone.layers.{self.layer}.mixer.experts"
-        names = (f"{prefix}.{self.first_expert + e}.{projection}.weight" for e in chosen)
-        return torch.stack([self.tensors[name] for name in names]).to(self.device)
+    def experts(self, projection: str, chosen: Sequence[int]) -> torch.Tensor:
+        """Stack of the chosen local experts; a view where they are evenly spaced."""
+        stack, place = self._stacks[projection]
+        return take(stack, [place[expert] for expert in chosen])
+
+    def _target(self, spec: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if spec.is_routed_expert:
+            projection = spec.module.rpartition(".")[2]
+            expert = spec.expert - self._first_expert
+            if projection not in self._stacks:
+                mine = self._experts[projection]
+                stack = torch.empty(len(mine), *shape, dtype=dtype, device=self._device)
+                self._stacks[projection] = (stack, {e: i for i, e in enumerate(mine)})
+            stack, place = self._stacks[projection]
+            return stack[place[expert]]
+        held = self._dense.get(_inner(spec.name))
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = torch.empty(shape, dtype=dtype, device=self._device)
+            self._dense[_inner(spec.name)] = held
+        return held
+
+
+def take(stack: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
+    """Entries of the first dim: a view where they are evenly spaced, else a copy."""
+    if len(chosen) == 0:
+        return stack[:0]
+    step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
+    last = chosen[0] + (len(chosen) - 1) * step
+    if step > 0 and list(chosen) == list(range(chosen[0], last + 1, step)):
+        return stack[chosen[0] : last + 1 : step]
+    return stack[list(chosen)]
+
+
+def _inner(name: str) -> str:
+    """`mixer.in_proj.weight` of `backbone.layers.3.mixer.in_proj.weight`."""
+    return name.split(".", 3)[3]

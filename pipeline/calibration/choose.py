@@ -32,7 +32,7 @@ def choose_fp8_amax(
     if not multipliers:
         return amax
     best = squared_errors.argmin(dim=-1)  # argmin gives the first of equals
-    return amax * torch.tensor(multipliers, dtype=torch.float32)[best.cpu()].to(amax.device)
+    return amax * torch.tensor(multipliers, dtype=torch.float32, device=amax.device)[best]
 
 
 def choose_scalars(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from pipeline.runtime.lanes import Lane, Mark
 from pipeline.sharding import ParallelDims
 
 
@@ -52,12 +53,14 @@ class HiddenStore:
 
     Args:
         token_ids: int64 [sequences, seq_len], the whole calibration set.
-        embedding: [vocab, hidden], in the source's dtype; not kept.
+        embedding: [vocab, hidden], in the source's dtype, on any device; not kept.
         dims: The rank grid.
         rank: This rank.
         micro_batch: Sequences per forward call.
         dtype: Compute dtype.
-        device: Where the hidden states stay.
+        device: Where the layers run.
+        on_host: Keep the hidden states in pinned host memory; two micro-batches at a time are on
+            the device, one computing while the other one's copies run.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class HiddenStore:
         micro_batch: int,
         dtype: torch.dtype,
         device: torch.device,
+        on_host: bool = False,
     ) -> None:
-        self.token_ids = token_ids
+        self.token_ids, self.device = token_ids, device
+        self.on_host = on_host and device.type == "cuda"
         at = dims.coordinates(rank)
         self.positions = local_positions(token_ids.shape[1], dims, at.tp_rank)
         mine = share_sequences(token_ids.shape[0], dims, at.dp_rank)
@@ -79,17 +84,94 @@ class HiddenStore:
         for start in range(0, len(mine), micro_batch):
             chosen = mine[start : start + micro_batch]
             indices = [index for index, _ in chosen]
-            ids = token_ids[indices][:, self.positions]
-            hidden = F.embedding(ids, embedding).transpose(0, 1).to(device, dtype).contiguous()
+            ids = token_ids[indices][:, self.positions].to(embedding.device)
+            # [seq/tp, batch] first: the lookup then writes the layout that the layers want.
+            hidden = F.embedding(ids.T.contiguous(), embedding).to(device, dtype)
             weights = torch.tensor([weight for _, weight in chosen], device=device)
+            if self.on_host:
+                hidden = hidden.to("cpu").pin_memory()
             self.batches.append(MicroBatch(indices, weights, hidden))
+        self._staging = _Staging(self.batches, device) if self.on_host else None
 
     @property
     def tokens(self) -> int:
         """Distinct calibration tokens of all ranks."""
         return self.token_ids.numel()
 
-    def update(self, layer: Callable[[MicroBatch], torch.Tensor]) -> None:
-        """Replaces every micro-batch's hidden states by what `layer` makes of them."""
-        for batch in self.batches:
-            batch.hidden = layer(batch)
+    def update(
+        self,
+        layer: Callable[[MicroBatch], torch.Tensor],
+        between: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        """Replaces every micro-batch's hidden states by what `layer` makes of them.
+
+        Args:
+            layer: May overwrite the hidden states that it is given.
+            between: Called after each micro-batch was enqueued, with its index.
+        """
+        for index, batch in enumerate(self.batches):
+            if self._staging is None:
+                batch.hidden = layer(batch)
+            else:
+                self._staging.run(index, layer)
+            between(index)
+
+    def on_device(self, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states of one micro-batch, on the device."""
+        if self._staging is not None:
+            self._staging.settle()
+        return batch.hidden.to(self.device)
+
+
+class _Staging:
+    """Carries micro-batches from pinned memory to the device and back, on lanes of their own.
+
+    Micro-batch i lies in buffer i % 2. A copy in waits until the copy out of the same buffer, and
+    the last copy out of the same micro-batch, have ended.
+    """
+
+    def __init__(self, batches: list[MicroBatch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._up, self._down = Lane(device), Lane(device)
+        largest = max(batch.hidden.numel() for batch in batches)
+        dtype = batches[0].hidden.dtype
+        self._buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(2)]
+        self._left: list[Mark | None] = [None for _ in batches]
+        self._emptied: list[Mark | None] = [None, None]
+        self._arrived: dict[int, Mark] = {}
+
+    def run(self, index: int, layer: Callable[[MicroBatch], torch.Tensor]) -> None:
+        """One micro-batch through one layer; the next one is on its way meanwhile."""
+        if index not in self._arrived:
+            self._load(index)
+        if index + 1 < len(self._batches):
+            self._load(index + 1)
+        self._arrived.pop(index).block_stream()
+        staged = self._view(index)
+        batch = self._batches[index]
+        hidden = layer(dataclasses.replace(batch, hidden=staged))
+        if hidden.data_ptr() != staged.data_ptr():
+            staged.copy_(hidden)
+        computed = Mark(self._device)
+        with self._down.use():
+            computed.block_stream()
+            batch.hidden.copy_(staged, non_blocking=True)
+            self._left[index] = self._emptied[index % 2] = Mark(self._device)
+
+    def settle(self) -> None:
+        """Waits until everything is back on the host."""
+        for mark in self._left:
+            if mark is not None:
+                mark.synchronize()
+
+    def _load(self, index: int) -> None:
+        with self._up.use():
+            for mark in (self._left[index], self._emptied[index % 2]):
+                if mark is not None:
+                    mark.block_stream()
+            self._view(index).copy_(self._batches[index].hidden, non_blocking=True)
+            self._arrived[index] = Mark(self._device)
+
+    def _view(self, index: int) -> torch.Tensor:
+        shape = self._batches[index].hidden.shape
+        return self._buffers[index % 2][: shape.numel()].view(shape)

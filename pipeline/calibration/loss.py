@@ -40,13 +40,16 @@ def next_token_loss(
     total = torch.zeros(2, dtype=torch.float64)
     norm_weight, head = norm_weight.to(ranks.device), head_weight.to(ranks.device)
     for batch in store.batches:
+        if min(batch.sequences) >= sequences:
+            continue
+        states = store.on_device(batch)
         for column, index in enumerate(batch.sequences):
             if index >= sequences or float(batch.weights[column]) == 0.0:
                 continue
             targets = store.token_ids[index].roll(-1)[store.positions]
             known = torch.ones(len(targets), dtype=torch.bool)
             known[-1] = store.positions.stop < store.token_ids.shape[1]
-            hidden = _rms_norm(batch.hidden[:, column], norm_weight, epsilon)
+            hidden = _rms_norm(states[:, column], norm_weight, epsilon)
             losses = _cross_entropy(hidden, head, targets.to(ranks.device)).cpu()
             total += torch.stack([losses[known].double().sum(), known.sum().double()])
     summed, count = reduce_sum(total.to(ranks.device), ranks.world).tolist()

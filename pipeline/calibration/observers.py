@@ -50,16 +50,19 @@ class AmaxObserver:
 
 
 class TokenCountObserver:
-    """Tokens per expert, over distinct tokens only: padding has weight 0."""
+    """Tokens per expert, over distinct tokens only: padding has weight 0.
+
+    Weights are 0 or 1, so the sums are exact in any order.
+    """
 
     def __init__(self, experts: int, device: torch.device) -> None:
         values = torch.zeros(experts, dtype=torch.float64, device=device)
         self.statistic = Statistic("tokens_per_expert", Reduction.sum, values)
 
-    def observe(self, routing_map: torch.Tensor, weights: torch.Tensor) -> None:
-        """Takes in bool [tokens, experts] and the weight of each token, [tokens]."""
-        counts = weights.double() @ routing_map.double()
-        self.statistic.values += counts
+    def observe(self, chosen_TK: torch.Tensor, weights: torch.Tensor) -> None:
+        """Takes in the experts of each token, int [tokens, top_k], and their weights, [tokens]."""
+        added_TK = weights.double().unsqueeze(1).expand(chosen_TK.shape)
+        self.statistic.values.scatter_add_(0, chosen_TK.flatten().long(), added_TK.flatten())
 
 
 class LayerObserver:
@@ -86,10 +89,15 @@ class LayerObserver:
         if observer is not None:
             observer.observe(x)
 
-    def routing(self, routing_map: torch.Tensor) -> None:
-        """Experts chosen by this rank's own tokens, bool [positions * batch, experts]."""
+    def amax_of(self, projection: str) -> torch.Tensor | None:
+        """The running amax, fp32 [1], of a projection's inputs, for a kernel to raise."""
+        observer = self._amax.get(projection)
+        return None if observer is None else observer.statistic.values
+
+    def routing(self, chosen_TK: torch.Tensor) -> None:
+        """Experts chosen by this rank's own tokens, int [positions * batch, top_k]."""
         if self._tokens is not None:
-            self._tokens.observe(routing_map, self._token_weights)
+            self._tokens.observe(chosen_TK, self._token_weights)
 
     def statistics(self) -> list[Statistic]:
         """All statistics of the layer, in the same order on every rank."""

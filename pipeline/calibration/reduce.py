@@ -1,7 +1,7 @@
 """Reduce first, choose after: statistics of whole logical tensors from those of shards.
 
-In: statistics of this rank. Out: the same for all ranks that hold parts: MAX in fp32, SUM in fp64,
-one collective per operation and group, however many tensors a layer has.
+In: statistics of this rank. Out: the same for all ranks, by one collective, however many tensors a
+layer has.
 """
 
 from __future__ import annotations
@@ -10,20 +10,47 @@ import torch
 
 from pipeline.calibration.observers import Reduction, Statistic
 from pipeline.errors import NumericsError
-from pipeline.runtime.collectives import Group, Ranks, gather_objects, reduce_max, reduce_sum
+from pipeline.runtime.collectives import Group, Ranks, gather_objects, reduce_bucket
+from pipeline.runtime.lanes import HostCopy
+
+
+class ReducedStatistics:
+    """A layer's activation statistics over all ranks, on their way to the host.
+
+    Making one is a collective (MAX and SUM in one bucket) and does not wait for the device.
+
+    Args:
+        statistics: Of this rank; the same ones in the same order on every rank.
+        group: All ranks.
+    """
+
+    def __init__(self, statistics: list[Statistic], group: Group | None) -> None:
+        by_operation = sorted(statistics, key=lambda item: item.reduction is Reduction.sum)
+        self._sizes = {item.name: item.values.numel() for item in by_operation}
+        self._copy: HostCopy | None = None
+        if by_operation:
+            parts = {
+                reduction: [item.values for item in by_operation if item.reduction is reduction]
+                for reduction in Reduction
+            }
+            device = by_operation[0].values.device
+            maxima, sums = (
+                torch.cat(parts[r]) if parts[r] else torch.empty(0, device=device)
+                for r in (Reduction.max, Reduction.sum)
+            )
+            self._copy = HostCopy(reduce_bucket(maxima, sums, group))
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """CPU tensors by name, fp64; waits for them."""
+        if self._copy is None:
+            return {}
+        parts = self._copy.get().split(list(self._sizes.values()))
+        return dict(zip(self._sizes, parts, strict=True))
 
 
 def reduce_statistics(statistics: list[Statistic], group: Group | None) -> dict[str, torch.Tensor]:
     """Reduces a layer's activation statistics; returns CPU tensors by name."""
-    reduced: dict[str, torch.Tensor] = {}
-    for reduction, collective in ((Reduction.max, reduce_max), (Reduction.sum, reduce_sum)):
-        chosen = [item for item in statistics if item.reduction is reduction]
-        if not chosen:
-            continue
-        values = collective(torch.cat([item.values for item in chosen]), group).cpu()
-        parts = values.split([item.values.numel() for item in chosen])
-        reduced.update({item.name: part for item, part in zip(chosen, parts, strict=True)})
-    return reduced
+    return ReducedStatistics(statistics, group).values()
 
 
 def refuse_nonfinite(

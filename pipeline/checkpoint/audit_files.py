@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.durable import files_sha256
 from pipeline.checkpoint.safetensors_file import TensorInfo, read_header
 from pipeline.checkpoint.source import INDEX_NAME
-from pipeline.checkpoint.writer import file_sha256
 from pipeline.errors import AuditError
 
 _FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".tmp")
@@ -90,11 +89,10 @@ def check_checksums(
     problems = [f"{name}: no checksum is known" for name in files if name not in checksums]
     problems += [f"{name}: missing" for name in checksums if name not in files]
     known = [name for name in files if name in checksums]
-    with ThreadPoolExecutor(workers) as pool:
-        digests = pool.map(lambda name: file_sha256(directory / name), known)
-        for name, digest in zip(known, digests, strict=True):
-            if digest != checksums[name]:
-                problems.append(f"{name}: SHA-256 {digest} instead of {checksums[name]}")
+    digests = files_sha256([directory / name for name in known], workers)
+    for name, digest in zip(known, digests, strict=True):
+        if digest != checksums[name]:
+            problems.append(f"{name}: SHA-256 {digest} instead of {checksums[name]}")
     return problems
 
 

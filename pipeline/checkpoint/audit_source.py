@@ -25,7 +25,6 @@ from pipeline.checkpoint.audit_config import Declared
 from pipeline.checkpoint.audit_scales import MappedTensors
 from pipeline.checkpoint.audit_tensors import Expected
 from pipeline.checkpoint.quantization_config import NVFP4_ALGORITHMS
-from pipeline.checkpoint.safetensors_file import iterate_chunks
 from pipeline.checkpoint.source import Source, read_json
 from pipeline.checkpoint.source_check import is_mtp
 from pipeline.nvfp4.reference import PackedWeight, dequantize_nvfp4
@@ -99,7 +98,7 @@ def _difference(mapped: MappedTensors, source: Source, name: str) -> str:
             f"{theirs.dtype} {list(theirs.shape)}"
         )
     stored, position = mapped.array(name), 0
-    for chunk in iterate_chunks(theirs):
+    for chunk in source.copy_of(name).chunks():
         piece = np.frombuffer(chunk, dtype=np.uint8)
         if not np.array_equal(stored[position : position + piece.size], piece):
             return f"{name}: other bytes than the source's"

@@ -61,11 +61,14 @@ class Journal:
     Args:
         directory: Where the records lie.
         files: Where the recorded files lie.
+        discard: A rehearsal's journal: the files that it records are written nowhere, so they are
+            not looked for; and no later run can go on from it.
     """
 
-    def __init__(self, directory: Path, files: Path) -> None:
+    def __init__(self, directory: Path, files: Path, *, discard: bool = False) -> None:
         self.directory = directory
         self.files = files
+        self.discards_files = discard
 
     def start(self, fingerprint: Mapping[str, Any]) -> bool:
         """Begins a run, or goes on with one of the same fingerprint; returns whether it goes on.
@@ -206,6 +209,8 @@ class Journal:
 
     def _fault(self, record: LayerRecord, *, checksums: bool) -> str:
         """What is wrong with the files of a record; empty where nothing is."""
+        if self.discards_files:
+            return ""
         for file in record.files:
             path = self.files / file.name
             size = path.stat().st_size if path.is_file() else None

@@ -31,10 +31,13 @@ class WorkDirectory:
     Attributes:
         final: The output directory, which appears by one rename.
         root: The work directory.
+        is_rehearsal: Nothing of the checkpoint is written: `final` is the report's directory, and
+            `root` lies in it. There is nothing that a later run could go on from.
     """
 
     final: Path
     root: Path
+    is_rehearsal: bool = False
 
     @classmethod
     def beside(cls, final: Path) -> WorkDirectory:
@@ -52,6 +55,11 @@ class WorkDirectory:
         """The journal's directory."""
         return self.root / "journal"
 
+    @property
+    def metrics(self) -> Path:
+        """The figures of the progress lines, which grow during the run."""
+        return self.root / "metrics.jsonl"
+
 
 def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
     """Checks, before any work, that a run may write to `final`; one rank calls it.
@@ -68,7 +76,7 @@ def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
     """
     work = WorkDirectory.beside(final)
     if source is not None:
-        _refuse_overlap(work.final, source.resolve())
+        refuse_overlap(work.final, source.resolve())
     if work.final.exists() and (not work.final.is_dir() or any(work.final.iterdir())):
         kind = "a directory with files in it" if work.final.is_dir() else "a file"
         raise OutputError(
@@ -107,6 +115,9 @@ def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
 
 def prepare(work: WorkDirectory) -> None:
     """Makes the work directory, and takes back the names of an interrupted publication."""
+    if work.is_rehearsal:
+        for leftover in (work.files, work.journal, work.metrics):
+            _remove(leftover)
     work.files.mkdir(parents=True, exist_ok=True)
     work.journal.mkdir(parents=True, exist_ok=True)
     plan = work.journal / _RENAMES
@@ -154,7 +165,7 @@ def publish(
     Raises:
         OutputError: A file is not there, a name is taken twice, or writing failed.
     """
-    named = _final_records(files)
+    named = final_records(files)
     plan = {old.name: new.name for old, new in zip(files, named, strict=True)}
     write_json(work.journal / _RENAMES, plan)
     _remove_all_but(work.files, {*plan, *plan.values()})  # parts left over by another layout
@@ -172,7 +183,7 @@ def publish(
         _write(work.files, relative, path.read_bytes())
     for relative, data in (extra or {}).items():
         _write(work.files, relative, data)
-    write_json(work.files / INDEX_NAME, _index(named))
+    write_json(work.files / INDEX_NAME, make_index(named))
     if hf_quant_config is not None:
         write_json(work.files / "hf_quant_config.json", hf_quant_config)
     # NVIDIA's config.json says "time_step_limit": [0.0, Infinity]; it goes out as it came in.
@@ -201,7 +212,8 @@ def finalize(work: WorkDirectory) -> Path:
     return work.final
 
 
-def _final_records(files: Sequence[FileRecord]) -> list[FileRecord]:
+def final_records(files: Sequence[FileRecord]) -> list[FileRecord]:
+    """The files under their final names, in order."""
     count = len(files)
     return [
         dataclasses.replace(file, name=f"model-{number:05d}-of-{count:05d}.safetensors")
@@ -209,7 +221,12 @@ def _final_records(files: Sequence[FileRecord]) -> list[FileRecord]:
     ]
 
 
-def _index(files: Sequence[FileRecord]) -> dict[str, Any]:
+def make_index(files: Sequence[FileRecord]) -> dict[str, Any]:
+    """The content of the index file.
+
+    Raises:
+        OutputError: A tensor is in two files.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
@@ -229,6 +246,22 @@ def _index(files: Sequence[FileRecord]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
+def refuse_overlap(final: Path, source: Path) -> None:
+    """Refuses an output directory that lies in the source's, or the source's in it.
+
+    Raises:
+        OutputError: One of the two.
+    """
+    target = final.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputError(
+            f"output {final}",
+            value=f"the source is {source}",
+            rule="output and source must not lie in each other",
+            remedy="choose another output",
+        )
+
+
 def _remove_all_but(directory: Path, names: set[str]) -> None:
     for path in sorted(directory.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
@@ -243,12 +276,8 @@ def _write(directory: Path, relative: str, data: bytes) -> None:
     write_bytes(path, data)
 
 
-def _refuse_overlap(final: Path, source: Path) -> None:
-    target = final.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise OutputError(
-            f"output {final}",
-            value=f"the source is {source}",
-            rule="output and source must not lie in each other",
-            remedy="choose another output",
-        )
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

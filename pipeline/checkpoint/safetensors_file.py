@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,32 @@ class TensorInfo:
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes in pieces, read from the file (see `iterate_chunks`)."""
+        return iterate_chunks(self)
+
+
+class OpenFiles:
+    """Descriptors by path, opened on first use; threads share them (`os.preadv` needs no lock)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+
+    def descriptor(self, path: Path) -> int:
+        """An open descriptor of `path`."""
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+    def close(self) -> None:
+        """Closes all of them; a later use opens them again."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
 
 
 def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[str, TensorInfo]:
@@ -137,18 +164,34 @@ def iterate_chunks(info: TensorInfo) -> Iterator[memoryview]:
     """The bytes of one tensor in pieces of at most 16 MiB; each piece is reused by the next.
 
     Raises:
-        SourceError: The file ended early.
+        SourceError: The file ended early, or cannot be read.
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, info.nbytes)))
-    descriptor = os.open(info.path, os.O_RDONLY)
+    try:
+        descriptor = os.open(info.path, os.O_RDONLY)
+    except OSError as problem:
+        raise unreadable(info, problem) from problem
     try:
         for start in range(info.start, info.stop, CHUNK_BYTES):
             view = buffer[: min(CHUNK_BYTES, info.stop - start)]
-            if read_into(descriptor, view, start) != len(view):
-                raise truncated(info)
+            fill_from(descriptor, info, view, start)
             yield view
     finally:
         os.close(descriptor)
+
+
+def fill_from(descriptor: int, info: TensorInfo, view: memoryview, offset: int) -> None:
+    """Fills `view` with bytes of one tensor, from `offset` of its file.
+
+    Raises:
+        SourceError: The file ended early, or cannot be read.
+    """
+    try:
+        count = read_into(descriptor, view, offset)
+    except OSError as problem:
+        raise unreadable(info, problem) from problem
+    if count != len(view):
+        raise truncated(info)
 
 
 def truncated(info: TensorInfo) -> SourceError:
@@ -158,6 +201,16 @@ def truncated(info: TensorInfo) -> SourceError:
         value="end of file inside the tensor",
         rule=f"bytes {info.start} to {info.stop} must exist",
         remedy="the file changed while it was read; fetch it again",
+    )
+
+
+def unreadable(info: TensorInfo, problem: OSError) -> SourceError:
+    """The error for a file that the system does not read, though its header had been checked."""
+    return SourceError(
+        f"{info.path}: {info.name}",
+        value=problem.strerror or str(problem),
+        rule="must be readable",
+        remedy="mend the file system or fetch the file again, then start the same command again",
     )
 
 

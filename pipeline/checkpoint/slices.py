@@ -1,86 +1,174 @@
-"""Reading one rank's shard of a tensor: only its own bytes, straight into the tensor.
+"""Reading one rank's shard of a tensor: only its own bytes, straight to where they are wanted.
 
-In: an open file, the place of a tensor in it, and a `Shard`. Out: a torch tensor of the shard's
-shape in the stored dtype. A cut of the first dim is one read per range; a cut of a later dim is
-one read per row and range, or, where those pieces are small, a read of whole rows that are then
-cut.
+In: the place of a tensor in a file, and a `Shard`. Out: a `Cut` (which bytes of the tensor are the
+shard's), the pieces in which it is read (plan), and the reading of one piece (act), so that threads
+may read one shard together. A cut of the first dim is one stretch of the file per range; a cut of a
+later dim takes runs out of every row, and where those are small, whole rows are read and then cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.checkpoint.safetensors_file import (
     CHUNK_BYTES,
     TORCH_DTYPES,
     TensorInfo,
+    fill_from,
     from_bytes,
-    read_into,
-    truncated,
 )
 from pipeline.errors import SourceError
 from pipeline.sharding import Shard
 
-# Below one page a read per row costs more calls than it saves bytes.
-_SMALLEST_PIECE_BYTES = 4096
+Bytes = npt.NDArray[np.uint8]
+
+# Runs of this size are read one by one. Smaller ones come with their rows: system calls take
+# longer than reading twice, and the other ranks of the host want the rest from the page cache.
+_SMALLEST_RUN_BYTES = 1 << 18
 
 
-def read_shard(descriptor: int, info: TensorInfo, shard: Shard | None) -> torch.Tensor:
-    """Reads a shard, or the whole tensor for None.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cut:
+    """Which bytes of a tensor are a shard's: the same runs out of every row.
+
+    Attributes:
+        info: The tensor.
+        shape: Shape of the shard.
+        rows: Number of rows; 1 where the first dim is cut, or nothing.
+        row_bytes: Size of a row in the file.
+        runs: Half-open byte ranges of a row, in the order of the shard.
+    """
+
+    info: TensorInfo
+    shape: tuple[int, ...]
+    rows: int
+    row_bytes: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def kept_row_bytes(self) -> int:
+        """Size of what the shard has of a row."""
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the shard."""
+        return self.rows * self.kept_row_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """One read.
+
+    Attributes:
+        offset: First byte in the file.
+        nbytes: How many bytes are read.
+        position: Where they go, from the beginning of the shard, in bytes.
+        rows: How many whole rows are read, to be cut; 0 where every byte is the shard's.
+    """
+
+    offset: int
+    nbytes: int
+    position: int
+    rows: int = 0
+
+
+class Scratch:
+    """Room for rows before they are cut; every thread has its own."""
+
+    def __init__(self) -> None:
+        self._bytes: Bytes = np.empty(0, dtype=np.uint8)
+
+    def take(self, nbytes: int) -> Bytes:
+        """The same bytes at every call."""
+        if len(self._bytes) < nbytes:
+            self._bytes = np.empty(nbytes, dtype=np.uint8)
+        return self._bytes[:nbytes]
+
+
+def cut_of(info: TensorInfo, shard: Shard | None) -> Cut:
+    """Where a shard lies in its tensor; None is the whole tensor.
 
     Raises:
-        SourceError: The shard does not fit the tensor, or the file ended early.
+        SourceError: The shard does not fit the tensor.
     """
     if shard is None or shard.is_whole:
         if shard is not None and shard.shape != info.shape:
             raise _misfit(info, shard)
-        flat = torch.empty(info.nbytes, dtype=torch.uint8)
-        _fill(descriptor, info, memoryview(flat.numpy()), info.start)
-        return from_bytes(flat, info.dtype, info.shape)
+        return Cut(info, info.shape, 1, info.nbytes, ((0, info.nbytes),))
     _check_fit(info, shard)
-    itemsize = TORCH_DTYPES[info.dtype].itemsize
-    inner = math.prod(info.shape[shard.dim + 1 :]) * itemsize
-    outer = math.prod(info.shape[: shard.dim])
-    source_row, shard_row = info.shape[shard.dim] * inner, shard.shape[shard.dim] * inner
-    flat = torch.empty(outer * shard_row, dtype=torch.uint8)
-    smallest = min((stop - start) * inner for start, stop in shard.ranges)
-    if outer > 1 and smallest < _SMALLEST_PIECE_BYTES:
-        _read_rows(descriptor, info, shard, flat.view(outer, shard_row), inner)
-        return from_bytes(flat, info.dtype, shard.shape)
-    view, position = memoryview(flat.numpy()), 0
-    for row in range(outer):
-        base = info.start + row * source_row
-        for start, stop in shard.ranges:
-            size = (stop - start) * inner
-            _fill(descriptor, info, view[position : position + size], base + start * inner)
-            position += size
-    return from_bytes(flat, info.dtype, shard.shape)
+    inner = math.prod(info.shape[shard.dim + 1 :]) * TORCH_DTYPES[info.dtype].itemsize
+    runs = tuple((start * inner, stop * inner) for start, stop in shard.ranges)
+    rows = math.prod(info.shape[: shard.dim])
+    return Cut(info, shard.shape, rows, info.shape[shard.dim] * inner, runs)
 
 
-def _read_rows(
-    descriptor: int, info: TensorInfo, shard: Shard, rows: torch.Tensor, inner: int
-) -> None:
-    """Reads whole rows in pieces and keeps the ranges; `rows` is uint8 `[outer, shard_row]`."""
-    source_row = info.shape[shard.dim] * inner
-    batch = max(1, CHUNK_BYTES // source_row)
-    for first in range(0, len(rows), batch):
-        count = min(batch, len(rows) - first)
-        piece = torch.empty(count, source_row, dtype=torch.uint8)
-        _fill(
-            descriptor,
-            info,
-            memoryview(piece.view(-1).numpy()),
-            info.start + first * source_row,
-        )
-        parts = [piece[:, start * inner : stop * inner] for start, stop in shard.ranges]
-        torch.cat(parts, dim=1, out=rows[first : first + count])
+def pieces_of(cut: Cut, piece_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
+    """The reads that make up a shard, each of at most `piece_bytes`, in file order by range."""
+    kept = cut.kept_row_bytes
+    if not cut.nbytes:
+        return
+    smallest = min(stop - start for start, stop in cut.runs)
+    if cut.rows > 1 and smallest < _SMALLEST_RUN_BYTES and cut.row_bytes <= piece_bytes:
+        batch = piece_bytes // cut.row_bytes
+        for first in range(0, cut.rows, batch):
+            count = min(batch, cut.rows - first)
+            offset = cut.info.start + first * cut.row_bytes
+            yield Piece(offset, count * cut.row_bytes, first * kept, count)
+        return
+    for row in range(cut.rows):
+        base, position = cut.info.start + row * cut.row_bytes, row * kept
+        for start, stop in cut.runs:
+            for first in range(start, stop, piece_bytes):
+                size = min(piece_bytes, stop - first)
+                yield Piece(base + first, size, position + first - start)
+            position += stop - start
 
 
-def _fill(descriptor: int, info: TensorInfo, view: memoryview, offset: int) -> None:
-    if read_into(descriptor, view, offset) != len(view):
-        raise truncated(info)
+def read_piece(descriptor: int, cut: Cut, piece: Piece, shard: Bytes, scratch: Scratch) -> None:
+    """Reads one piece to its place in a shard.
+
+    Args:
+        descriptor: The open file.
+        cut: What is read.
+        piece: Which part of it.
+        shard: All bytes of the shard, uint8 `[cut.nbytes]`; written at the piece's place.
+        scratch: The calling thread's.
+
+    Raises:
+        SourceError: The file ended early, or cannot be read.
+    """
+    if not piece.rows:
+        target = shard[piece.position : piece.position + piece.nbytes]
+        fill_from(descriptor, cut.info, memoryview(target), piece.offset)
+        return
+    whole = scratch.take(piece.nbytes)
+    fill_from(descriptor, cut.info, memoryview(whole), piece.offset)
+    kept = cut.kept_row_bytes
+    target = shard[piece.position : piece.position + piece.rows * kept].reshape(piece.rows, kept)
+    whole, column = whole.reshape(piece.rows, cut.row_bytes), 0
+    for start, stop in cut.runs:
+        target[:, column : column + stop - start] = whole[:, start:stop]
+        column += stop - start
+
+
+def read_shard(descriptor: int, info: TensorInfo, shard: Shard | None) -> torch.Tensor:
+    """Reads a shard, or the whole tensor for None, in the calling thread.
+
+    Raises:
+        SourceError: The shard does not fit the tensor, or the file ended early.
+    """
+    cut, scratch = cut_of(info, shard), Scratch()
+    flat = torch.empty(cut.nbytes, dtype=torch.uint8)
+    for piece in pieces_of(cut):
+        read_piece(descriptor, cut, piece, flat.numpy(), scratch)
+    return from_bytes(flat, info.dtype, cut.shape)
 
 
 def _check_fit(info: TensorInfo, shard: Shard) -> None:

@@ -1,53 +1,111 @@
-"""The source checkpoint: what it holds, and exact slices of it.
+"""The source of the weights: what it holds, and exact slices of it.
 
-In: a directory, a Hub id or `demo`. Out: a `Source`: its config, the place of every tensor, the
+In: a directory, a Hub id or `demo`. Out: a `FileSource`: its config, the place of every tensor, the
 small files to copy along, and `read`, which gives one rank's shard of one tensor and touches no
-other byte of it. Opening reads headers only.
+other byte of it. Opening reads headers only. `Source` is what the sweep needs of it; the random
+weights of a rehearsal (`pipeline.checkpoint.synthetic`) offer the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pipeline.checkpoint.hub import locate
-from pipeline.checkpoint.safetensors_file import TensorInfo, read_header
+from pipeline.checkpoint.safetensors_file import TensorInfo
 from pipeline.checkpoint.slices import read_shard
+from pipeline.checkpoint.source_files import (
+    INDEX_NAME,
+    find_small_files,
+    first_five,
+    read_json,
+    read_tensors,
+)
+from pipeline.checkpoint.writable import StreamedTensor
 from pipeline.errors import SourceError
 from pipeline.sharding import Shard
 
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = [
+    "INDEX_NAME",
+    "FileSource",
+    "Source",
+    "TensorHeader",
+    "first_five",
+    "no_such_tensor",
+    "open_source",
+    "read_json",
+]
 
-# Written anew for the output, so never copied.
-_REPLACED = {"config.json", "hf_quant_config.json", INDEX_NAME}
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".tmp",
-)
-# `layersweep` holds the reports of a published checkpoint.
-_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__", "layersweep"}
+
+class TensorHeader(Protocol):
+    """What a source tells of a tensor: its name, its dtype (as safetensors writes it), its size."""
+
+    @property
+    def name(self) -> str:
+        """Full name."""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors writes it, e.g. `"BF16"`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+
+class Source(Protocol):
+    """Where a model's weights come from. Threads may use one source at the same time."""
+
+    @property
+    def location(self) -> str:
+        """Where that is, for messages and the report."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorHeader]:
+        """Every tensor by name."""
+
+    @property
+    def small_files(self) -> Mapping[str, Path]:
+        """Relative to absolute path of everything else that a checkpoint carries along."""
+
+    def info(self, name: str) -> TensorHeader:
+        """Dtype and shape of one tensor."""
+
+    def read(self, name: str, shard: Shard | None = None) -> torch.Tensor:
+        """One tensor, or the part of it that `shard` describes, in the source's dtype, on the CPU.
+
+        Raises:
+            SourceError: No such tensor, a shard that does not fit it, or unreadable.
+        """
+
+    def copy_of(self, name: str) -> StreamedTensor:
+        """One tensor as something that `write_safetensors` takes."""
+
+    def digest(self) -> str:
+        """Tells one source from another without reading it whole."""
+
+    def close(self) -> None:
+        """Lets go of what is open."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """An opened checkpoint. Threads may read from one `Source` at the same time.
+class FileSource:
+    """An opened checkpoint.
 
     Attributes:
         directory: Where it lies.
@@ -62,6 +120,11 @@ class Source:
     tensors: dict[str, TensorInfo]
     small_files: dict[str, Path]
     _files: _OpenFiles
+
+    @property
+    def location(self) -> str:
+        """The directory."""
+        return str(self.directory)
 
     def read(self, name: str, shard: Shard | None = None) -> torch.Tensor:
         """One tensor, or exactly the part of it that `shard` describes, in the source's dtype.
@@ -95,13 +158,33 @@ class Source:
         """
         info = self.tensors.get(name)
         if info is None:
-            raise SourceError(
-                f"{self.directory}: {name}",
-                value="no such tensor",
-                rule="must be present",
-                remedy="fetch the checkpoint again, whole",
-            )
+            raise no_such_tensor(self.location, name)
         return info
+
+    def copy_of(self, name: str) -> TensorInfo:
+        """The place of one tensor, which the writer copies from.
+
+        Raises:
+            SourceError: No such tensor.
+        """
+        return self.info(name)
+
+    def digest(self) -> str:
+        """Digest of config.json, and of what tells one weight file from another.
+
+        That is its name, size, time of change, first and last 64 KiB. A source that was copied
+        elsewhere in between is another one.
+        """
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for path in sorted({info.path for info in self.tensors.values()}):
+            status = path.stat()
+            size = status.st_size
+            digest.update(f"{path.name} {size} {status.st_mtime_ns}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(65536))
+                file.seek(max(0, size - 65536), os.SEEK_SET)
+                digest.update(file.read(65536))
+        return digest.hexdigest()
 
 
 class _OpenFiles:
@@ -128,7 +211,7 @@ class _OpenFiles:
         self.close()
 
 
-def open_source(path_or_hub_id: str | Path) -> Source:
+def open_source(path_or_hub_id: str | Path) -> FileSource:
     """Opens a checkpoint: a directory, a Hub id, or `demo` for the packaged model.
 
     Raises:
@@ -136,7 +219,7 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     """
     directory = locate(path_or_hub_id)
     config = read_json(directory / "config.json", "a checkpoint directory has one")
-    return Source(
+    return FileSource(
         directory=directory,
         config=config,
         tensors=read_tensors(directory),
@@ -145,154 +228,11 @@ def open_source(path_or_hub_id: str | Path) -> Source:
     )
 
 
-def read_json(path: Path, rule: str) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Raises:
-        SourceError: Missing, unreadable, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise SourceError(
-            str(path),
-            value=problem.strerror,
-            rule=rule,
-            remedy=f"fetch the file again, or check that {path.parent} is the directory you mean",
-        ) from problem
-    except ValueError as problem:
-        raise SourceError(
-            str(path), value=f"invalid JSON ({problem})", rule=rule, remedy="fetch the file again"
-        ) from problem
-    if not isinstance(value, dict):
-        raise SourceError(
-            str(path),
-            value=type(value).__name__,
-            rule="must be a JSON object",
-            remedy="fetch the file again",
-        )
-    return value
-
-
-def read_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """The tensors of all safetensors files of a directory, checked against its index.
-
-    Raises:
-        SourceError: A file is missing or corrupt, a tensor is in two files, or the index and
-            the headers disagree.
-    """
-    index = directory / INDEX_NAME
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
-    weight_map: dict[str, str] | None = None
-    if index.is_file():
-        weight_map = _read_weight_map(index)
-        absent = sorted(set(weight_map.values()) - set(files))
-        if absent:
-            raise SourceError(
-                str(index),
-                value=f"{len(absent)} files that do not exist: {first_five(absent)}",
-                rule="every file of the index must be in the directory",
-                remedy="fetch the missing files",
-            )
-        files = sorted(set(weight_map.values()))
-    if not files:
-        raise SourceError(
-            str(directory),
-            value="no .safetensors file",
-            rule="the weights must be safetensors (model.safetensors, or shards with an index)",
-            remedy="convert .bin or .pt weights with transformers' save_pretrained first",
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for name in files:
-        for info in read_header(directory / name).values():
-            if info.name in tensors:
-                raise SourceError(
-                    info.name,
-                    value=f"in {tensors[info.name].path} and in {info.path}",
-                    rule="a tensor must be in one file",
-                    remedy="remove the file that does not belong to this checkpoint",
-                )
-            tensors[info.name] = info
-    if weight_map is not None:
-        _check_index(index, weight_map, tensors)
-    return tensors
-
-
-def find_small_files(directory: Path) -> dict[str, Path]:
-    """Relative to absolute path of every file that is neither weights nor written anew.
-
-    Links are followed (the Hub cache is made of them), but no directory is entered twice.
-
-    Raises:
-        SourceError: Something that is no readable regular file.
-    """
-    found: dict[str, Path] = {}
-    entered: set[str] = set()
-    for root, directories, names in os.walk(directory, followlinks=True):
-        if os.path.realpath(root) in entered:
-            directories.clear()
-            continue
-        entered.add(os.path.realpath(root))
-        directories[:] = sorted(
-            name
-            for name in set(directories) - _SKIPPED_DIRECTORIES
-            if not name.endswith(_WEIGHT_SUFFIXES)
-        )
-        for name in sorted(names):
-            path = Path(root) / name
-            relative = path.relative_to(directory).as_posix()
-            if relative not in _REPLACED and not name.endswith(_WEIGHT_SUFFIXES):
-                if not path.is_file() or not os.access(path, os.R_OK):
-                    raise SourceError(
-                        str(path),
-                        value="a broken link" if path.is_symlink() else "no readable regular file",
-                        rule="every small file is copied along",
-                        remedy="fetch it again, or remove it",
-                    )
-                found[relative] = path
-    return found
-
-
-def first_five(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
-    rest = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index, "an index must be readable").get("weight_map")
-    if not isinstance(weight_map, Mapping) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
-    ):
-        raise SourceError(
-            str(index),
-            value="no usable weight_map",
-            rule="an index maps tensor names to file names of its own directory",
-            remedy="fetch the index again, or remove it: shards are also read without one",
-        )
-    return dict(weight_map)
-
-
-def _check_index(
-    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
-) -> None:
-    wrong = [
-        f"{name} in {file}"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].path.name != file
-    ]
-    if wrong:
-        raise SourceError(
-            str(index),
-            value=f"{len(wrong)} tensors that their files lack: {first_five(wrong)}",
-            rule="every tensor of the index must be in the file that the index names",
-            remedy="fetch the files and the index again; they belong to different versions",
-        )
-    extra = [name for name in tensors if name not in weight_map]
-    if extra:
-        raise SourceError(
-            str(index),
-            value=f"{len(extra)} tensors that the index lacks: {first_five(extra)}",
-            rule="every tensor of the files must be in the index",
-            remedy="fetch the files and the index again; they belong to different versions",
-        )
+def no_such_tensor(location: str, name: str) -> SourceError:
+    """The error for a tensor that a source does not hold."""
+    return SourceError(
+        f"{location}: {name}",
+        value="no such tensor",
+        rule="must be present",
+        remedy="fetch the checkpoint again, whole",
+    )

@@ -16,7 +16,7 @@ import dataclasses
 
 from pipeline.architecture import Architecture, TensorSpec, expected_tensors
 from pipeline.checkpoint.safetensors_file import TensorInfo
-from pipeline.checkpoint.source import Source, first_five
+from pipeline.checkpoint.source import FileSource, first_five
 from pipeline.errors import SourceError
 
 # NVIDIA's name first; transformers 5 saves the second.
@@ -53,7 +53,9 @@ class SourceCheck:
         return self.embedding_name if spec.name in EMBEDDING_NAMES else spec.name
 
 
-def check_source(source: Source, architecture: Architecture, *, cast: bool = False) -> SourceCheck:
+def check_source(
+    source: FileSource, architecture: Architecture, *, cast: bool = False
+) -> SourceCheck:
     """Compares the source with what its config.json promises.
 
     Args:
@@ -102,7 +104,7 @@ def find_embedding_name(tensors: dict[str, TensorInfo]) -> str:
     return next((name for name in EMBEDDING_NAMES if name in tensors), EMBEDDING_NAMES[0])
 
 
-def _refuse_quantized(source: Source) -> None:
+def _refuse_quantized(source: FileSource) -> None:
     signs = [
         f"config.json has {key}"
         for key in ("quantization_config", "compression_config")
@@ -125,7 +127,7 @@ def _refuse_quantized(source: Source) -> None:
         )
 
 
-def _check_names_and_shapes(source: Source, check: SourceCheck) -> None:
+def _check_names_and_shapes(source: FileSource, check: SourceCheck) -> None:
     expected = {check.source_name(spec): spec for spec in check.specs}
     missing = [name for name in expected if name not in source.tensors]
     extra = [name for name in source.tensors if name not in expected and not is_mtp(name)]
@@ -148,7 +150,7 @@ def _check_names_and_shapes(source: Source, check: SourceCheck) -> None:
         )
 
 
-def _check_dtypes(source: Source, check: SourceCheck, *, cast: bool) -> None:
+def _check_dtypes(source: FileSource, check: SourceCheck, *, cast: bool) -> None:
     linear = {"BF16", "F16", "F32"} if cast else {"BF16"}
     other = {"BF16", "F32", "F16"} if cast else {"BF16", "F32"}
     wrong = []

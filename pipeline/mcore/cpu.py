@@ -12,11 +12,10 @@ import torch
 from megatron.core.ssm import mamba_mixer
 
 from pipeline.mcore.norms import GatedRMSNorm
-from pipeline.mcore.ssd import mamba_chunk_scan_combined
 
 
 def install() -> None:
-    """Makes megatron allocate on the CPU and compute Mamba layers with plain torch."""
+    """Makes megatron allocate on the CPU, and build Mamba layers without mamba_ssm."""
     if _is_installed():
         return
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in _stand_ins()]
@@ -47,11 +46,7 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
     return [
         # Megatron allocates parameters and communication buffers on this device.
         (torch.cuda, "current_device", current_device),
-        # The mixer refuses to be built without mamba_ssm, whose kernels need a GPU.
+        # The mixer refuses to be built without mamba_ssm, which our forward has no use for.
         (mamba_mixer, "HAVE_MAMBA_SSM", True),
-        (mamba_mixer, "MAMBA_HAS_STATE_DTYPE", False),
-        (mamba_mixer, "mamba_chunk_scan_combined", mamba_chunk_scan_combined),
         (mamba_mixer, "ExtendedRMSNorm", GatedRMSNorm),
-        # The mixer falls back to torch's convolution where this is None.
-        (mamba_mixer, "causal_conv1d_fn", None),
     ]

@@ -1,19 +1,20 @@
 """All routed experts of this rank in two stacked weights.
 
-In: tokens sorted by expert, how many each expert got, their router probabilities. Out: each
-token's expert output, already weighted. The probability is applied *after* down_proj, as servers
-do; megatron's own experts apply it before, which would distort down_proj's observed input.
+In: tokens, the experts they chose, their probabilities. Out: per token, the sum of the local
+experts' outputs. The probability is applied *after* down_proj, as servers do; megatron's own
+experts apply it before, which would distort down_proj's observed input.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from pipeline.architecture import Architecture
+from pipeline.mcore.dispatch import sort_by_expert
+from pipeline.mcore.kernels.combine import combine, spread
+from pipeline.mcore.kernels.grouped_mm import grouped_mm
 from pipeline.mcore.tap import Probe
 
 
@@ -22,54 +23,56 @@ class StackedExperts(nn.Module):
 
     def __init__(
         self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        *,
         architecture: Architecture,
-        device: torch.device,
-        probe: Probe,
         pg_collection: ProcessGroupCollection,
-        name: str | None = None,
+        probe: Probe,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        width = architecture.moe_intermediate_size // pg_collection.expt_tp.size()
-        inputs, dtype = architecture.expert_input_size, config.params_dtype
+        self.local = architecture.n_routed_experts // pg_collection.ep.size()
+        self.first = self.local * pg_collection.ep.rank()
+        self.holds_all = pg_collection.ep.size() == 1
         self.probe = probe
+        width = architecture.moe_intermediate_size // pg_collection.expt_tp.size()
+        inputs = architecture.expert_input_size
         self.up_proj = nn.Parameter(
-            torch.empty(num_local_experts, width, inputs, device=device, dtype=dtype)
+            torch.empty(self.local, width, inputs, device=device, dtype=dtype)
         )
         self.down_proj = nn.Parameter(
-            torch.empty(num_local_experts, inputs, width, device=device, dtype=dtype)
+            torch.empty(self.local, inputs, width, device=device, dtype=dtype)
         )
 
     def forward(
-        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """Tokens [rows, H] sorted by expert, counts [E_local] and fp32 probs [rows]; out [rows, H].
+        self,
+        tokens: torch.Tensor,
+        chosen_TK: torch.Tensor,
+        probs_TK: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Sums over the local experts, in ascending order, rounded from fp32 to `dtype`.
 
-        With ETP the output is this rank's partial sum; the dispatcher adds them up.
+        Args:
+            tokens: [tokens, H].
+            chosen_TK: Experts of each token, int32, in ascending order.
+            probs_TK: Their probabilities, fp32.
+            dtype: fp32 where other ranks' sums (other experts, or with ETP the rest of the same
+                ones) are to be added.
+
+        Returns:
+            [tokens, H].
         """
-        assert int(tokens_per_expert.sum()) == tokens.shape[0], "a token without an expert"
-        self.probe.activation("experts.up_proj", tokens)
-        inner = F.relu(multiply_by_expert(tokens, self.up_proj, tokens_per_expert)).square_()
-        self.probe.activation("experts.down_proj", inner)
-        output = multiply_by_expert(inner, self.down_proj, tokens_per_expert)
-        return output.mul_(probs.unsqueeze(-1)), None  # multiplied in fp32, then rounded once
-
-
-def multiply_by_expert(
-    rows: torch.Tensor, weight_ENK: torch.Tensor, rows_per_expert: torch.Tensor
-) -> torch.Tensor:
-    """Each row [K] times its own expert's weight: [rows, N]. An expert may have no rows.
-
-    One grouped product on CUDA in bf16; a loop elsewhere.
-    """
-    if rows.is_cuda and rows.dtype is torch.bfloat16 and rows.shape[0] > 0:
-        ends = rows_per_expert.cumsum(0).to(device=rows.device, dtype=torch.int32)
-        return F.grouped_mm(rows, weight_ENK.transpose(1, 2), offs=ends)
-    output = rows.new_empty(rows.shape[0], weight_ENK.shape[1])
-    start = 0
-    for expert, count in enumerate(rows_per_expert.tolist()):
-        output[start : start + count] = F.linear(rows[start : start + count], weight_ENK[expert])
-        start += count
-    return output
+        order = sort_by_expert(chosen_TK, self.first, self.local, holds_all=self.holds_all)
+        rows = spread(tokens, order.position_TK, order.groups.rows)
+        inner = grouped_mm(
+            rows,
+            self.up_proj,
+            order.groups,
+            squares_relu=True,
+            amax=self.probe.amax_of("experts.down_proj"),
+        )
+        del rows  # its memory is what the next product is written to
+        output = grouped_mm(inner, self.down_proj, order.groups)
+        del inner
+        return combine(output, order.position_TK, probs_TK, dtype)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from pipeline.mcore.kernels.activation import relu_squared_
 from pipeline.mcore.tap import Probe
 
 
@@ -55,7 +55,8 @@ def row_parallel(
 class FeedForward(nn.Module):
     """`down_proj(relu(up_proj(x))**2)`: MLP layers and shared experts.
 
-    Megatron's MLP and SharedExpertMLP would do, but the latter asserts against biases.
+    Megatron's MLP and SharedExpertMLP would do, but the latter asserts against biases. Reports
+    the input of `down_proj` only: that of `up_proj` is the norm's output, which the slot reports.
     """
 
     def __init__(
@@ -75,12 +76,11 @@ class FeedForward(nn.Module):
         hidden, tp_group = config.hidden_size, pg_collection.tp
         self.up_proj = column_parallel(hidden, width, config, tp_group, bias=bias)
         self.down_proj = row_parallel(width, hidden, config, tp_group, bias=bias)
-        probe.watch_input(self.up_proj, f"{prefix}up_proj")
-        probe.watch_input(self.down_proj, f"{prefix}down_proj")
+        self.probe, self.prefix = probe, prefix
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[seq/tp, batch, hidden] to the same."""
         up, _ = self.up_proj(hidden)
-        down, _ = self.down_proj(F.relu(up).square_())
-        output: torch.Tensor = down
+        inner = relu_squared_(up, self.probe.amax_of(f"{self.prefix}down_proj"))
+        output: torch.Tensor = self.down_proj(inner)[0]
         return output

@@ -6,7 +6,6 @@ after the layer, and views of the weights that the slot holds now, for choosing 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -14,23 +13,33 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from pipeline.architecture import Architecture, LayerType, TensorSpec, layer_tensors
-from pipeline.errors import LayoutError, SourceError
+from pipeline.errors import LayoutError
 from pipeline.mcore.attention import Attention
 from pipeline.mcore.backend import Groups
 from pipeline.mcore.config import transformer_config
 from pipeline.mcore.linear import FeedForward
+from pipeline.mcore.loading import Loader, tensors_of
 from pipeline.mcore.mamba import Mamba
 from pipeline.mcore.moe import MoE
-from pipeline.mcore.names import Place, expert_place, places_of
 from pipeline.mcore.norms import RMSNorm
 from pipeline.mcore.tap import Probe, Tap
-from pipeline.sharding import ParallelDims, Shard, check_layout, shard_of
+from pipeline.sharding import ParallelDims, Shard, check_layout
 
 ReadShard = Callable[[TensorSpec, Shard], torch.Tensor]
+
+# The projection that reads the norm's output, by layer type.
+_READERS = {
+    LayerType.mamba: "in_proj",
+    LayerType.attention: "qkv",
+    LayerType.mlp: "up_proj",
+}
 
 
 class Slot:
     """One layer type's module: `hidden + mixer(norm(hidden))`, and which layer it holds.
+
+    A slot may be filled by another thread than the one that runs the forward pass, on a stream of
+    its own; the caller orders the two.
 
     Attributes:
         layer_type: The type of layer that fits.
@@ -50,40 +59,68 @@ class Slot:
     ) -> None:
         self.layer_type = layer_type
         self.layer: int | None = None
-        self._architecture, self._dims, self._rank = architecture, dims, rank
+        self._architecture = architecture
         self._norm, self._mixer, self._probe = norm, mixer, probe
-        self._places = places_of(architecture, layer_type, norm, mixer)
-        local = architecture.n_routed_experts // dims.ep
-        self._first_expert = local * dims.coordinates(rank).ep_rank
+        self._loader = Loader(layer_type, architecture, dims, rank, norm, mixer)
 
     def fill(self, layer: int, read: ReadShard) -> None:
         """Loads this rank's shards of `layer`.
 
         Args:
             layer: Index of a layer of this slot's type.
-            read: Gives a CPU tensor of the shard's shape in the source dtype.
+            read: Gives a tensor of the shard's shape in the source dtype, on any device.
 
         Raises:
             SourceError: A tensor has another shape than config.json implies.
         """
+        self.begin_fill(layer)
+        for spec in layer_tensors(self._architecture, layer):
+            shard = self._loader.shard_of(spec)
+            if shard is not None:
+                self.load(spec, shard, read(spec, shard))
+        self.end_fill()
+
+    def begin_fill(self, layer: int) -> None:
+        """Empties the slot, for the tensors of `layer` to be loaded in any order."""
         assert self._architecture.layers[layer] is self.layer_type
         self.layer = None
-        written: Counter[tuple[int, str]] = Counter()
-        for spec in layer_tensors(self._architecture, layer):
-            shard = shard_of(spec, self._architecture, self._dims, self._rank)
-            if shard is None:
-                continue
-            place = self._place(spec.name)
-            _load(spec, shard, place, read(spec, shard))
-            written[id(place.module), place.attribute] += place.tensor.numel()
-        self._zero_absent_conv_bias(written)
-        self._assert_all_written(written)
-        self.layer = layer
+        self._loader.begin(layer)
+
+    def target_of(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The slot's own memory for a tensor, to be written and then handed to `load`.
+
+        Args:
+            spec: A tensor of the layer being filled.
+            dtype: Of the source, for tensors that keep it; None where it is known not to change.
+
+        Returns:
+            A view on the slot's device, of the shard's shape, in the compute dtype (or `dtype`).
+        """
+        return self._loader.target_of(spec, dtype)
+
+    def load(self, spec: TensorSpec, shard: Shard, tensor: torch.Tensor) -> None:
+        """Loads one tensor, on the current stream.
+
+        Args:
+            spec: A tensor of the layer being filled.
+            shard: This rank's part of it.
+            tensor: That part in the source's dtype. It may lie in pinned host memory, which must
+                stay as it is until the stream has come past this call; on this device; or be what
+                `target_of` gave, which holds the values already.
+
+        Raises:
+            SourceError: The tensor has another shape than config.json implies.
+        """
+        self._loader.load(spec, shard, tensor)
+
+    def end_fill(self) -> None:
+        """Declares the layer complete: nothing of the previous one may be left."""
+        self.layer = self._loader.end()
 
     def weight(self, name: str) -> torch.Tensor:
         """This rank's shard [N_local, K_local] of a dense linear of the layer held now (a view)."""
         self._assert_holds(name)
-        return self._place(name).tensor.detach()
+        return self._loader.place(name).tensor.detach()
 
     def experts(self, projection: str) -> tuple[torch.Tensor, int]:
         """Stacked local experts of "up_proj" or "down_proj", and the first one's index.
@@ -93,57 +130,58 @@ class Slot:
         """
         assert self.layer is not None
         stacked: torch.Tensor = getattr(self._mixer.get_submodule("experts"), projection)
-        return stacked.detach(), self._first_expert
+        return stacked.detach(), self._loader.first_expert
 
     @torch.inference_mode()
     def forward(self, hidden: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
-        """Hidden states [seq/tp, batch, hidden] after the layer held now."""
+        """Moves hidden states through the layer held now.
+
+        Args:
+            hidden: Contiguous [seq/tp, batch, hidden]; overwritten by the result.
+            tap: Sees what the layer computes.
+
+        Returns:
+            `hidden` itself.
+        """
         assert self.layer is not None, "forward before fill"
         self._probe.tap = tap
         try:
-            mixed: torch.Tensor = self._mixer(self._norm(hidden))
+            mixed: torch.Tensor = self._mixer(self._normalize(hidden))
         finally:
             self._probe.tap = None
-        return hidden + mixed
+        return hidden.add_(mixed)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter, and every buffer that takes part in the forward, by module name."""
-        found = {}
-        for prefix, module in (("norm", self._norm), ("mixer", self._mixer)):
-            for name, tensor in module.named_parameters(prefix):
-                found[name] = tensor.detach()
-            for name, buffer in module.named_buffers(prefix):
-                if name.endswith(".expert_bias"):  # the router's other buffers count for training
-                    found[name] = buffer
-        return found
+        return tensors_of(self._norm, self._mixer)
 
-    def _place(self, name: str) -> Place:
-        inner = name.split(".", 3)[3]
-        if inner.startswith("mixer.experts."):
-            return expert_place(inner, self._mixer.get_submodule("experts"), self._first_expert)
-        return self._places[inner]
+    def _normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The mixer's input, and its amax for every projection that reads it."""
+        wanted = [self._probe.amax_of(name) for name in self._readers()]
+        asked = [amax for amax in wanted if amax is not None]
+        if len(asked) < 2:
+            normed: torch.Tensor = self._norm(hidden, asked[0] if asked else None)
+            return normed
+        shared = torch.zeros_like(asked[0])
+        normed = self._norm(hidden, shared)
+        for amax in asked:
+            torch.maximum(amax, shared, out=amax)
+        return normed
+
+    def _readers(self) -> list[str]:
+        """The projections that read the norm's output as it is (experts read rows of it)."""
+        a = self._architecture
+        if self.layer_type is not LayerType.moe:
+            return [_READERS[self.layer_type]]
+        readers = {
+            "fc1_latent_proj": a.moe_latent_size is not None,
+            "shared_experts.up_proj": a.has_shared_experts,
+        }
+        return [name for name, exists in readers.items() if exists]
 
     def _assert_holds(self, name: str) -> None:
         prefix = f"backbone.layers.{self.layer}."
         assert name.startswith(prefix), f"the slot holds {prefix}*, not {name}"
-
-    def _zero_absent_conv_bias(self, written: Counter[tuple[int, str]]) -> None:
-        """Megatron's mixer always has a convolution bias; without one in the model it is zero."""
-        if self.layer_type is LayerType.mamba and not self._architecture.use_conv_bias:
-            mixer = self._mixer.get_submodule("mixer")
-            bias = mixer.get_parameter("conv1d_bias")
-            bias.data.zero_()
-            written[id(mixer), "conv1d_bias"] += bias.numel()
-
-    def _assert_all_written(self, written: Counter[tuple[int, str]]) -> None:
-        """Nothing of the previous layer (or of uninitialised memory) may be left."""
-        sizes = {name: tensor.numel() for name, tensor in self.tensors().items()}
-        modules = {"norm": self._norm, "mixer": self._mixer}
-        for name, size in sizes.items():
-            owner, _, attribute = name.rpartition(".")
-            root, _, path = owner.partition(".")
-            count = written[id(modules[root].get_submodule(path)), attribute]
-            assert count == size, f"{name}: {count} of {size} elements were filled"
 
 
 def build_slots(
@@ -170,7 +208,6 @@ def build_slots(
     Raises:
         LayoutError: The degrees do not fit the model or the sequence length.
         ArchitectureError: A setting that the layers cannot compute.
-        ConfigError: A package that the layers need on this device is missing.
     """
     for error in check_layout(architecture, dims):
         raise error
@@ -224,22 +261,3 @@ def _build_mixer(
         config=config,
         pg_collection=groups,
     )
-
-
-def _load(spec: TensorSpec, shard: Shard, place: Place, source: torch.Tensor) -> None:
-    if tuple(source.shape) != shard.shape:
-        raise SourceError(
-            spec.name,
-            value=f"shape {tuple(source.shape)}",
-            rule=f"config.json and the layout imply {shard.shape}",
-            remedy="restore the file, or the config.json that belongs to this checkpoint",
-        )
-    target = place.tensor
-    assert target.shape == source.shape, f"{spec.name}: the slot has {tuple(target.shape)}"
-    with torch.inference_mode(False), torch.no_grad():
-        if spec.keeps_source_dtype and place.attribute != "expert_bias":
-            # (The router keeps its correction bias in fp32 itself: widening changes no value.)
-            if target.dtype is not source.dtype:
-                place.whole.data = torch.empty_like(target, dtype=source.dtype)
-            target = place.whole
-        target.copy_(source)

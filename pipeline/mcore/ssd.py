@@ -1,4 +1,4 @@
-"""Mamba-2's state space scan (SSD) in plain torch: the stand-in where mamba_ssm cannot run.
+"""Mamba-2's state space scan (SSD) in plain torch: for CPUs, and for fp32 anywhere.
 
 In: per-token inputs, decays and state projections. Out: the scan's outputs. The sequence is cut
 into chunks; inside a chunk the recurrence is a masked matrix product, and only the states at the
@@ -15,52 +15,36 @@ import torch
 import torch.nn.functional as F
 
 
-def mamba_chunk_scan_combined(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
+def scan_in_torch(
+    x_blhp: torch.Tensor,
+    dt_blh: torch.Tensor,
+    rate_h: torch.Tensor,
+    B_blgn: torch.Tensor,
+    C_blgn: torch.Tensor,
+    D_h: torch.Tensor,
+    dt_bias_h: torch.Tensor,
     chunk_size: int,
-    *,
-    D: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    dt_bias: torch.Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_states: torch.Tensor | None = None,
-    return_final_states: bool = False,
 ) -> torch.Tensor:
-    """Same name and meaning as mamba_ssm's kernel, without gating and carried-in states.
+    """The meaning of `pipeline.mcore.kernels.scan.scan`, in any dtype and on any device.
 
     Args:
-        x: Inputs [b, l, h, p].
-        dt: Time steps [b, l, h], before bias and softplus.
-        A: Negative decay rates [h].
-        B: Input projections [b, l, g, n].
-        C: Output projections [b, l, g, n].
+        x_blhp: Inputs.
+        dt_blh: Time steps, before bias and softplus.
+        rate_h: Negative decay rates.
+        B_blgn: Input projections.
+        C_blgn: Output projections.
+        D_h: Skip weights.
+        dt_bias_h: Bias of the time steps.
         chunk_size: Positions per chunk.
-        D: Skip weights [h].
-        z: Not supported (the gate is applied by the norm that follows).
-        dt_bias: Bias of the time steps [h].
-        dt_softplus: Whether the time steps go through softplus.
-        initial_states: Not supported.
-        return_final_states: Not supported.
 
     Returns:
-        Outputs [b, l, h, p] in the dtype of `x`.
+        Outputs [b, l, h, p] in the dtype of `x_blhp`.
     """
-    assert z is None, "the gate belongs to the norm"
-    assert initial_states is None, "calibration sequences start from an empty state"
-    assert not return_final_states, "calibration does not decode"
-    dt = dt.float()
-    if dt_bias is not None:
-        dt = dt + dt_bias.float()
-    if dt_softplus:
-        dt = F.softplus(dt)
-    y = scan_chunks(x.float(), dt, A.float(), B.float(), C.float(), chunk_size)
-    if D is not None:
-        y = y + x.float() * D.float().unsqueeze(-1)
-    return y.to(x.dtype)
+    dt_blh = F.softplus(dt_blh.float() + dt_bias_h.float())
+    y_blhp = scan_chunks(
+        x_blhp.float(), dt_blh, rate_h.float(), B_blgn.float(), C_blgn.float(), chunk_size
+    )
+    return (y_blhp + x_blhp.float() * D_h.float().unsqueeze(-1)).to(x_blhp.dtype)
 
 
 def scan_chunks(

@@ -23,8 +23,14 @@ class Tap(Protocol):
         up_proj, down_proj.
         """
 
-    def routing(self, routing_map: torch.Tensor) -> None:
-        """Bool [tokens, n_routed_experts] of this rank's own tokens; row = position * batch + b."""
+    def amax_of(self, projection: str) -> torch.Tensor | None:
+        """The running amax of a projection's inputs, fp32 [1], for a kernel to raise in place.
+
+        None where nobody asks for it. NaN must raise it to inf.
+        """
+
+    def routing(self, chosen_TK: torch.Tensor) -> None:
+        """Experts of this rank's own tokens, int [tokens, top_k]; row = position * batch + b."""
 
 
 class Probe:
@@ -46,11 +52,11 @@ class Probe:
 
         module.register_forward_pre_hook(report)
 
-    def watch_routing(self, router: nn.Module) -> None:
-        """Reports the routing map that `router` returns as its second value."""
+    def amax_of(self, projection: str) -> torch.Tensor | None:
+        """The running amax that a kernel may raise instead of a call of `activation`."""
+        return None if self.tap is None else self.tap.amax_of(projection)
 
-        def report(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
-            if self.tap is not None:
-                self.tap.routing(output[1])
-
-        router.register_forward_hook(report)
+    def routing(self, chosen_TK: torch.Tensor) -> None:
+        """Passes the chosen experts on to the tap."""
+        if self.tap is not None:
+            self.tap.routing(chosen_TK)

@@ -42,17 +42,22 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         )
 
 
+def check_per_matrix(weight: Tensor, values: Tensor) -> None:
+    """Raise NumericsError unless `values` [...] has one value for each matrix of [..., N, K]."""
+    if values.shape != weight.shape[:-2]:
+        raise NumericsError(
+            "tensor_amax or weight_scale_2",
+            value=f"shape {list(values.shape)}",
+            rule=f"weights {list(weight.shape)} need one value per matrix",
+            remedy=f"pass a tensor of shape {list(weight.shape[:-2])}",
+        )
+
+
 def as_rows(weight: Tensor, *per_matrix: Tensor) -> tuple[Tensor, ...]:
     """Flatten [..., N, K] to [R, K], and repeat each [...] tensor over the rows of its matrix."""
     n_rows = weight.shape[-2]
     for values in per_matrix:
-        if values.shape != weight.shape[:-2]:
-            raise NumericsError(
-                "tensor_amax or weight_scale_2",
-                value=f"shape {list(values.shape)}",
-                rule=f"weights {list(weight.shape)} need one value per matrix",
-                remedy=f"pass a tensor of shape {list(weight.shape[:-2])}",
-            )
+        check_per_matrix(weight, values)
     rows_RK = weight.detach().flatten(0, -2)
     return rows_RK, *(values.flatten().repeat_interleave(n_rows) for values in per_matrix)
 

@@ -23,6 +23,9 @@ from pipeline.nvfp4.reference import (
 )
 from pipeline.nvfp4.rows import as_rows, row_chunks, to_lanes
 
+SEARCHING_METHODS = (WeightMethod.four_over_six, WeightMethod.mse)
+"""Methods that try several scales, and whose error is worth comparing with that of `max`."""
+
 
 @dataclass(frozen=True, eq=False)
 class WeightStatistics:
@@ -36,6 +39,8 @@ class WeightStatistics:
         blocks_m4: int64, blocks that four-over-six landed on 4 (zero under the other methods).
         blocks_flushed: int64, blocks other than zero whose scale is below 2**-6: kernels on Hopper
             flush it to zero.
+        squared_error_of_max: fp64, what method `max` would have for `squared_error`; equal to it
+            where nobody asked for the comparison.
     """
 
     squared_error: Tensor
@@ -44,12 +49,20 @@ class WeightStatistics:
     zero_blocks: Tensor
     blocks_m4: Tensor
     blocks_flushed: Tensor
+    squared_error_of_max: Tensor
 
 
 def measure_statistics(
-    weight: Tensor, packed: PackedWeight, tensor_amax: Tensor, method: WeightMethod
+    weight: Tensor,
+    packed: PackedWeight,
+    tensor_amax: Tensor,
+    method: WeightMethod,
+    compare_to_max: bool = False,
 ) -> WeightStatistics:
-    """Compare weights [..., N, K] with what they were packed to by `method` and `tensor_amax`."""
+    """Compare weights [..., N, K] with what they were packed to by `method` and `tensor_amax`.
+
+    `compare_to_max` packs by `max` as well, to measure its error, under methods that search.
+    """
     rows_RK, amax_R, tensor_scale_R = as_rows(weight, tensor_amax, packed.weight_scale_2)
     codes_RC, scales_RB = packed.codes.flatten(0, -2), packed.weight_scale.flatten(0, -2)
     n_rows = len(rows_RK)
@@ -74,7 +87,10 @@ def measure_statistics(
             counts_R[chunk] = is_counted_B.view(-1, scales_RB.shape[1]).sum(-1)
     blocks_R = torch.full_like(zero_R, weight.shape[-1] // BLOCK_SIZE)
     columns_R = (error_R, weight_R, blocks_R, zero_R, m4_R, flushed_R)
-    return WeightStatistics(*(values.view(weight.shape[:-1]).sum(-1) for values in columns_R))
+    sums = [values.view(weight.shape[:-1]).sum(-1) for values in columns_R]
+    if compare_to_max and method in SEARCHING_METHODS:
+        return WeightStatistics(*sums, squared_error_of_max(weight, tensor_amax))
+    return WeightStatistics(*sums, sums[0])
 
 
 def squared_error_of_max(weight: Tensor, tensor_amax: Tensor) -> Tensor:

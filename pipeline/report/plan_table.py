@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.memory import MemoryPlan
 from pipeline.plan import GroupPlan, Plan
 from pipeline.plan_ranks import GB
 
@@ -38,6 +39,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_group_table(plan.groups))
     if plan.per_rank:
         console.print(_rank_table(plan))
+    if plan.memory is not None and plan.needs_forward:
+        console.print(Text(f"memory   {describe_memory(plan.memory)}"))
     if plan.unmatched_patterns:
         console.print(Text(f"note     {describe_unmatched(plan.unmatched_patterns)}"))
     for note in plan.notes:
@@ -51,6 +54,17 @@ def describe_unmatched(patterns: list[str], most: int = 2) -> str:
     shown = ", ".join(repr(pattern) for pattern in patterns[:most])
     more = f" and {len(patterns) - most} more (run.json, output=json)" * (len(patterns) > most)
     return f"patterns of the recipe that match nothing in this model: {shown}{more}"
+
+
+def describe_memory(memory: MemoryPlan) -> str:
+    """One line about a rank's device and host memory."""
+    where = "2 micro-batches of hidden states" if memory.hidden_on_host else "hidden states"
+    return (
+        f"peak {_gb(memory.peak)} per rank: slots {_gb(memory.slots)}, "
+        f"{where} {_gb(memory.hidden)}, activations {_gb(memory.activations)}, "
+        f"packing {_gb(memory.packing)}; micro-batches of {memory.micro_batch}; "
+        f"host {_gb(memory.host)}"
+    )
 
 
 def _group_table(groups: list[GroupPlan]) -> Table:
@@ -75,13 +89,13 @@ def _group_table(groups: list[GroupPlan]) -> Table:
 
 def _rank_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for header in ("rank", "slots", "read ahead (host)", "hidden states", "reads", "writes"):
+    for header in ("rank", "slots", "read ahead (host)", "reads", "writes"):
         table.add_column(f"{header}" if header == "rank" else f"{header} GB", justify="right")
     for rank in plan.per_rank[:MOST_RANKS]:
-        sizes = (rank.slot_gb, rank.read_ahead_gb, rank.hidden_gb, rank.reads_gb, rank.writes_gb)
+        sizes = (rank.slot_gb, rank.read_ahead_gb, rank.reads_gb, rank.writes_gb)
         table.add_row(str(rank.rank), *(_size(size) for size in sizes))
     if len(plan.per_rank) > MOST_RANKS:
-        table.add_row("...", *([""] * 5))
+        table.add_row("...", *([""] * 4))
     return table
 
 

@@ -58,7 +58,7 @@ class LayerReport:
         layer: Index in the model.
         layer_type: mamba, attention, moe or mlp.
         tokens: Calibration tokens that passed through it (over all ranks); 0 without a forward.
-        seconds: Seconds by phase (read, forward, reduce, pack, write); phases may overlap.
+        seconds: Seconds of computing, of waiting for the source, and of waiting for the disk.
         kinds: Its tensors by role, format and method.
     """
 
@@ -108,7 +108,9 @@ class RunReport:
         layout: Degrees by axis (world, tp, ep, etp, dp).
         versions: Package name to version.
         hardware: Devices in words, such as `2 x NVIDIA H100` or `CPU`.
-        peak_bytes: Largest device memory of any rank; None on CPU.
+        peak_bytes: Most device memory allocated at any time on rank 0; None on CPU.
+        planned_peak_bytes: What the plan said about it.
+        micro_batch: Sequences per forward call; None without a forward pass.
         warnings: What the user should read.
         audit: `passed` (bool), and whatever else the audit counted or found.
         unmatched_patterns: Patterns of the recipe that matched no module.
@@ -132,6 +134,8 @@ class RunReport:
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     peak_bytes: int | None = None
+    planned_peak_bytes: int | None = None
+    micro_batch: int | None = None
     warnings: list[str] = field(default_factory=list)
     audit: dict[str, object] = field(default_factory=dict)
     unmatched_patterns: list[str] = field(default_factory=list)

@@ -64,6 +64,28 @@ def reduce_sum(values: torch.Tensor, group: Group | None) -> torch.Tensor:
     return values
 
 
+def reduce_bucket(maxima: torch.Tensor, sums: torch.Tensor, group: Group | None) -> torch.Tensor:
+    """Element-wise MAX of some values and SUM of others over `group`, in one collective.
+
+    Args:
+        maxima: fp32 [m]; NaN becomes inf first, as in `reduce_max`.
+        sums: fp64 [s], added in the order of the ranks.
+        group: Ranks that hold parts.
+
+    Returns:
+        fp64 [m + s]: the maxima, then the sums.
+    """
+    maxima = torch.nan_to_num(maxima.float(), nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    bucket = torch.cat([maxima.double(), sums.double()])
+    if size(group) == 1 or not bucket.numel():
+        return bucket
+    everyone = bucket.new_empty(size(group) * bucket.numel())
+    dist.all_gather_into_tensor(everyone, bucket, group=group)
+    everyone = everyone.view(size(group), -1)
+    count = maxima.numel()
+    return torch.cat([everyone[:, :count].amax(0), everyone[:, count:].sum(0)])
+
+
 def gather_bytes(part: torch.Tensor, owner: int, group: Group | None) -> list[torch.Tensor] | None:
     """Every rank's `part` (same shape and dtype), in group order, on group rank `owner` only."""
     if size(group) == 1:
@@ -95,9 +117,12 @@ def broadcast_object(value: Any, group: Group | None) -> Any:
 
 
 def barrier(group: Group | None) -> None:
-    """Waits until every rank of `group` is here."""
+    """Waits until every rank of `group` is here; the devices go on meanwhile.
+
+    A reduction of a CPU tensor, because NCCL's own barrier would wait for the device's queue.
+    """
     if size(group) > 1:
-        dist.barrier(group)
+        dist.all_reduce(torch.zeros(1), group=group)
 
 
 def disconnect() -> None:

@@ -12,6 +12,8 @@ from pipeline.config import (
     CalibrateConfig,
     CalibrationConfig,
     ComputeDtype,
+    HiddenStorage,
+    Kernels,
     ParallelConfig,
     PlanConfig,
     VerifyConfig,
@@ -60,11 +62,59 @@ def test_a_replacement_scale_must_be_positive_and_finite(scale: float) -> None:
     assert CalibrateConfig(unobserved_input_scale=1e-3).unobserved_input_scale == 1e-3
 
 
-@pytest.mark.parametrize("name", ["max_shard_gb", "timeout_minutes"])
+POSITIVE = ["max_shard_gb", "timeout_minutes", "read_threads", "read_ahead_gb", "write_threads"]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_sizes_and_times_must_be_positive(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}: found {value}; must be positive"):
         CalibrateConfig(**{name: value})
+
+
+def test_what_the_plan_chooses_is_left_open() -> None:
+    config = composed("calibrate", "checkpoint=a", "output=b")
+    assert config.calibration.micro_batch is None
+    assert config.read_ahead_gb is None
+    assert (config.kernels, config.hidden_store) == (Kernels.auto, HiddenStorage.auto)
+    options = ("kernels=triton", "hidden_store=host", "read_ahead_gb=1.5", "read_threads=2")
+    config = composed("calibrate", "checkpoint=a", "output=b", *options)
+    assert (config.kernels, config.hidden_store) == (Kernels.triton, HiddenStorage.host)
+    assert (config.read_ahead_gb, config.read_threads) == (1.5, 2)
+
+
+def test_a_rehearsal_composes() -> None:
+    config = composed("calibrate", "checkpoint=synthetic", "model=demo", "output=discard")
+    assert config.is_synthetic
+    assert config.discards_output
+    assert config.report_directory == Path("layersweep-rehearsal")
+    assert CalibrateConfig(output="discard", report="there").report_directory == Path("there")
+    config = composed("calibrate", "checkpoint=demo", "output=out", "data=demo")
+    assert not config.is_synthetic
+    assert not config.discards_output
+    assert config.report_directory == Path("out/layersweep")
+
+
+REHEARSALS = {
+    "model: found nothing; checkpoint=synthetic makes": {"model": None},
+    "model: found demo; the shape of a checkpoint is in": {"checkpoint": "demo"},
+    "data: found demo; checkpoint=synthetic has no tokenizer": {"data": "demo"},
+    r"data: found \['ids.npy'\]; checkpoint=synthetic": {"data": ["ids.npy"]},
+    "report: found there; a checkpoint carries its report": {"output": "out", "report": "there"},
+}
+
+
+@pytest.mark.parametrize("message", REHEARSALS)
+def test_a_rehearsal_s_rules(message: str) -> None:
+    options = {"checkpoint": "synthetic", "model": "demo", "output": "discard"}
+    CalibrateConfig(**options, data="ids.npy", report="there")
+    with pytest.raises(ConfigError, match=message):
+        CalibrateConfig(**options | REHEARSALS[message])
+
+
+def test_a_plan_needs_no_random_weights() -> None:
+    with pytest.raises(ConfigError, match="checkpoint: found synthetic; a plan needs no weights"):
+        PlanConfig(checkpoint="synthetic", model="demo")
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": "a", "model": "b"}])

@@ -17,7 +17,7 @@ from pipeline.recipe import ModuleFormat
 from pipeline.runtime.collectives import Ranks
 from pipeline.schedule import schedule_layers
 from pipeline.sharding import ParallelDims, Shard, shard_of
-from pipeline.weights import StreamedWeights
+from pipeline.weights import Buffers
 from tests.distributed.helpers import run_ranks
 from tests.unit.checkpoint.tiny import tiny_config
 
@@ -85,6 +85,27 @@ def shard(spec: TensorSpec, held: Shard, tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, held.dim)
 
 
+def buffers(layer: int, first: int, mine: Tensors, dims: ParallelDims, rank: int) -> Buffers:
+    """What the sweep loads without a forward pass, from these shards."""
+    loaded = Buffers(first, CPU)
+    specs = [SPECS[name] for name in mine]
+    loaded.expect_experts(
+        {
+            projection: [
+                s.expert for s in specs if s.is_routed_expert and s.module.endswith(projection)
+            ]
+            for projection in ("up_proj", "down_proj")
+        }
+    )
+    loaded.begin_fill(layer)
+    for spec in specs:
+        held = shard_of(spec, ARCHITECTURE, dims, rank)
+        assert held is not None
+        loaded.load(spec, held, mine[spec.name])
+    loaded.end_fill()
+    return loaded
+
+
 def pack(
     choose: Callable[[TensorSpec], ModuleFormat],
     dims: ParallelDims,
@@ -105,7 +126,7 @@ def pack(
             held = shard_of(SPECS[name], ARCHITECTURE, dims, rank)
             if held is not None and SPECS[name].layer == schedule.layer:
                 mine[name] = shard(SPECS[name], held, weight)
-        packed = packer.pack(schedule, StreamedWeights(schedule.layer, first, mine, CPU))
+        packed = packer.pack(schedule, buffers(schedule.layer, first, mine, dims, rank))
         assert not tensors.keys() & packed.tensors.keys()
         tensors |= packed.tensors
         statistics |= packed.statistics

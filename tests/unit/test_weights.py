@@ -1,10 +1,14 @@
-"""Weights from a slot and weights as they were read give packing the same matrices."""
+"""Weights from a slot and weights from buffers give packing the same matrices."""
 
+import pytest
 import torch
 
-from pipeline.weights import SlotWeights, StreamedWeights
+from pipeline.architecture import Role, TensorSpec
+from pipeline.sharding import Shard
+from pipeline.weights import Buffers, SlotWeights, take
 
-PREFIX = "backbone.layers.5.mixer.experts"
+CPU = torch.device("cpu")
+PREFIX = "backbone.layers.5.mixer"
 
 
 class FakeSlot:
@@ -14,31 +18,63 @@ class FakeSlot:
         self.stack = torch.arange(3 * 2 * 4.0).view(3, 2, 4)
 
     def weight(self, name: str) -> torch.Tensor:
-        return {"dense": torch.ones(2, 2)}[name]
+        return {f"{PREFIX}.in_proj.weight": torch.ones(2, 2)}[name]
 
     def experts(self, projection: str) -> tuple[torch.Tensor, int]:
         return (self.stack if projection == "up_proj" else self.stack.mT), 6
 
 
-def streamed() -> StreamedWeights:
-    stack = FakeSlot().stack
-    tensors = {f"{PREFIX}.{6 + e}.up_proj.weight": stack[e] for e in range(3)}
-    tensors |= {f"{PREFIX}.{6 + e}.down_proj.weight": stack[e].T for e in range(3)}
-    return StreamedWeights(5, 6, tensors | {"dense": torch.ones(2, 2)}, torch.device("cpu"))
+def load(buffers: Buffers, name: str, role: Role, tensor: torch.Tensor) -> None:
+    spec = TensorSpec(name, tuple(tensor.shape), role, 5)
+    whole = Shard(0, ((0, tensor.shape[0]),), tuple(tensor.shape), True)
+    buffers.load(spec, whole, tensor)
+
+
+def filled(chosen: list[int], layer: int = 5) -> Buffers:
+    buffers, slot = Buffers(6, CPU), FakeSlot()
+    buffers.expect_experts(dict.fromkeys(("up_proj", "down_proj"), [6 + e for e in chosen]))
+    buffers.begin_fill(layer)
+    for projection in ("up_proj", "down_proj"):
+        for expert in reversed(chosen):
+            name = f"{PREFIX}.experts.{6 + expert}.{projection}.weight"
+            load(buffers, name, Role.routed_expert, slot.experts(projection)[0][expert])
+    load(buffers, f"{PREFIX}.in_proj.weight", Role.mamba_in, torch.ones(2, 2))
+    buffers.end_fill()
+    return buffers
 
 
 def test_both_sources_agree() -> None:
     slot = SlotWeights(FakeSlot())  # type: ignore[arg-type]
     for projection in ("up_proj", "down_proj"):
         for chosen in ([0, 1, 2], [2], [0, 2]):
-            assert torch.equal(
-                slot.experts(projection, chosen), streamed().experts(projection, chosen)
-            )
-    assert torch.equal(slot.weight("dense"), streamed().weight("dense"))
+            expected = slot.experts(projection, chosen)
+            assert torch.equal(expected, filled([0, 1, 2]).experts(projection, chosen))
+            assert torch.equal(expected, filled(chosen).experts(projection, chosen))
+    name = f"{PREFIX}.in_proj.weight"
+    assert torch.equal(slot.weight(name), filled([0]).weight(name))
 
 
-def test_all_experts_of_a_slot_are_not_copied() -> None:
-    slot = FakeSlot()
-    weights = SlotWeights(slot)  # type: ignore[arg-type]
-    assert weights.experts("up_proj", [0, 1, 2]).data_ptr() == slot.stack.data_ptr()
-    assert weights.experts("up_proj", [1]).shape == (1, 2, 4)
+def test_buffers_are_refilled_in_place_with_other_experts() -> None:
+    buffers = filled([0, 2])
+    before = buffers.experts("up_proj", [0]).data_ptr()
+    buffers.expect_experts({"up_proj": [7, 8]})
+    buffers.begin_fill(7)
+    for expert in (7, 8):
+        name = f"backbone.layers.7.mixer.experts.{expert}.up_proj.weight"
+        load(buffers, name, Role.routed_expert, torch.full((2, 4), float(expert)))
+    buffers.end_fill()
+    stack = buffers.experts("up_proj", [1, 2])
+    assert stack[:, 0, 0].tolist() == [7.0, 8.0]
+    assert stack.data_ptr() == before
+    with pytest.raises(AssertionError):
+        buffers.weight(f"{PREFIX}.in_proj.weight")  # of the layer before
+
+
+def test_evenly_spaced_experts_are_not_copied() -> None:
+    stack = torch.arange(24.0).view(6, 2, 2)
+    for chosen, is_view in (([0, 1, 2], True), ([1, 3, 5], True), ([4], True), ([0, 1, 3], False)):
+        taken = take(stack, chosen)
+        assert torch.equal(taken, stack[torch.tensor(chosen)])
+        assert (taken.data_ptr() == stack[chosen[0]].data_ptr()) is is_view
+    assert take(stack, []).shape == (0, 2, 2)
+    assert take(stack, [2, 1]).tolist() == stack[[2, 1]].tolist()

@@ -39,7 +39,7 @@ def test_what_is_not_finite_stays_seen(bad: float, at: int) -> None:
 
 def test_tokens_of_padding_do_not_count() -> None:
     observer = TokenCountObserver(3, CPU)
-    chosen = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]], dtype=torch.bool)
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
     observer.observe(chosen, torch.tensor([1.0, 0.0, 1.0]))
     observer.observe(chosen, torch.tensor([0.0, 1.0, 0.0]))
     assert observer.statistic.values.tolist() == [2.0, 2.0, 2.0]
@@ -51,7 +51,7 @@ def test_weights_follow_rows_of_position_times_batch_plus_sequence() -> None:
     """Three positions of a batch of two; the second sequence is padding."""
     observer = LayerObserver((), 6, CPU)
     observer.begin_batch(torch.tensor([1.0, 0.0]), 3)
-    observer.routing(torch.eye(6, dtype=torch.bool))
+    observer.routing(torch.arange(6).view(6, 1))
     (statistic,) = observer.statistics()
     assert statistic.values.tolist() == [1, 0, 1, 0, 1, 0]
 
@@ -61,7 +61,7 @@ def test_a_layer_observes_only_what_is_asked_and_in_that_order() -> None:
     observer.begin_batch(torch.ones(1), 1)
     observer.activation("a", torch.tensor([4.0]))
     observer.activation("c", torch.tensor([NAN]))
-    observer.routing(torch.tensor([[True, False]]))
+    observer.routing(torch.tensor([[0]]))
     found = {s.name: s.values.tolist() for s in observer.statistics()}
     assert found == {"b": [0.0], "a": [4.0], "tokens_per_expert": [1.0, 0.0]}
     assert list(found) == ["b", "a", "tokens_per_expert"]
@@ -69,5 +69,16 @@ def test_a_layer_observes_only_what_is_asked_and_in_that_order() -> None:
 
 def test_layers_without_experts_count_no_tokens() -> None:
     observer = LayerObserver((), 0, CPU)
-    observer.routing(torch.ones(1, 4, dtype=torch.bool))
+    observer.routing(torch.tensor([[0, 1, 2, 3]]))
     assert observer.statistics() == []
+
+
+def test_kernels_may_raise_what_is_observed() -> None:
+    observer = LayerObserver(("a",), 0, CPU)
+    amax = observer.amax_of("a")
+    assert amax is not None
+    assert observer.amax_of("b") is None
+    amax.fill_(3.0)
+    observer.activation("a", torch.tensor([-2.0]))
+    (statistic,) = observer.statistics()
+    assert statistic.values.tolist() == [3.0]

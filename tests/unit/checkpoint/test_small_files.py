@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.source import find_small_files
+from pipeline.checkpoint.source_files import find_small_files
 from pipeline.errors import SourceError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.checkpoint import writer
+from pipeline.checkpoint import durable, writer
 from pipeline.checkpoint.safetensors_file import read_header
 from pipeline.checkpoint.writer import FileRecord, RawTensor, write_safetensors
 from pipeline.errors import OutputError
@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "write", full)
+    monkeypatch.setattr(durable.os, "write", full)
     with pytest.raises(
         OutputError, match=r"x.safetensors: found writing weights failed: No space.*GB free"
     ):
@@ -88,7 +88,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer.os, "fsync", broken)
+    monkeypatch.setattr(durable.os, "fsync", broken)
     with pytest.raises(OutputError, match="Input/output error"):
         writer.write_json(path, {"a": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -204,23 +204,38 @@ def expected_logits(reference: Reference, groups: Groups) -> torch.Tensor:
 
 
 class RecordingTap:
-    """Keeps the amax and shapes of what it sees, and counts tokens per expert."""
+    """Keeps the amax of what it sees, by both ways of reporting, and counts tokens per expert.
 
-    def __init__(self, experts: int) -> None:
-        self.amax: dict[str, float] = {}
+    `seen` holds what came as whole tensors; what a kernel reports only raises an amax.
+    """
+
+    def __init__(self, experts: int, device: torch.device | None = None) -> None:
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.tokens_per_expert = torch.zeros(experts, dtype=torch.int64)
         self.tokens = 0
+        self._raised: dict[str, torch.Tensor] = {}
+        self._device = device
+
+    @property
+    def amax(self) -> dict[str, float]:
+        """By projection; without those that nothing was seen of."""
+        amax = {name: values.item() for name, values in self._raised.items()}
+        for name, tensors in self.seen.items():
+            amax[name] = max([amax.get(name, 0.0), *(x.abs().amax().item() for x in tensors)])
+        return amax
 
     def activation(self, projection: str, x: torch.Tensor) -> None:
-        amax = x.abs().amax().item() if x.numel() else 0.0
-        self.amax[projection] = max(amax, self.amax.get(projection, 0.0))
         self.seen.setdefault(projection, []).append(x.clone())
 
-    def routing(self, routing_map: torch.Tensor) -> None:
-        assert routing_map.dtype is torch.bool
-        self.tokens += routing_map.shape[0]
-        self.tokens_per_expert += routing_map.sum(dim=0)
+    def amax_of(self, projection: str) -> torch.Tensor:
+        return self._raised.setdefault(projection, torch.zeros(1, device=self._device))
+
+    def routing(self, chosen_TK: torch.Tensor) -> None:
+        assert not chosen_TK.is_floating_point()
+        assert all(len(set(chosen_K)) == len(chosen_K) for chosen_K in chosen_TK.tolist())
+        experts = self.tokens_per_expert.shape[0]
+        self.tokens += chosen_TK.shape[0]
+        self.tokens_per_expert += chosen_TK.flatten().long().cpu().bincount(minlength=experts)
 
 
 def _watch_amax(model: torch.nn.Module) -> dict[str, float]:

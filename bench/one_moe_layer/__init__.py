@@ -1,0 +1,1 @@
+"""One MoE layer, calibrated and exported by two programs (`bench/vs_modelopt.py`)."""

@@ -1,0 +1,236 @@
+"""How much memory a rank takes, and what follows: micro-batch, and where hidden states stay.
+
+In: a job, the calibration size, the device's memory. Out: a `MemoryPlan`, plain numbers. The sums
+follow what the layers hold at their widest point (`pipeline/mcore`); the peak that a run measures
+must lie within 5 % of what is said here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from pipeline.architecture import Architecture, LayerType, TensorSpec
+from pipeline.blocks import expert_spec, experts_per_chunk
+from pipeline.errors import ConfigError
+from pipeline.job import Job
+from pipeline.nvfp4.formats import Format
+from pipeline.plan_ranks import layer_written_bytes
+from pipeline.recipe import ModuleFormat
+from pipeline.schedule import LayerSchedule
+from pipeline.sharding import ParallelDims
+
+LARGEST_MICRO_BATCH_TOKENS = 32768
+"""Where a micro-batch stops getting faster: every expert of 512 then sees about 1,400 rows."""
+
+FEWEST_TOKENS_ON_DEVICE = 8192
+"""With less room than this beside resident hidden states, they go to the host."""
+
+RESERVED_BYTES = 2 * 2**30
+"""CUDA context, NCCL's buffers, libraries' workspaces: memory that no allocation of ours shows."""
+
+FRAGMENTATION = 0.03
+"""Share of the device that the allocator may lose to rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryWish:
+    """What the user fixed, and what there is.
+
+    Attributes:
+        micro_batch: Sequences per forward call; None lets the plan choose.
+        hidden_store: auto, device or host.
+        device_bytes: Memory of a rank's device; None on a CPU.
+    """
+
+    micro_batch: int | None = None
+    hidden_store: str = "auto"
+    device_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """One rank's device memory, in bytes.
+
+    Attributes:
+        micro_batch: Sequences per forward call.
+        hidden_on_host: Whether the hidden states stay in pinned host memory.
+        slots: Weights of one layer of each type.
+        hidden: Hidden states on the device: all of them, or two micro-batches.
+        activations: What the widest layer holds while it computes.
+        packing: Packed tensors on their way to the host.
+        staging: Size and number of the pinned buffers that packed tensors pass through.
+        host: Pinned host memory: hidden states, staging, and what is read ahead.
+    """
+
+    micro_batch: int
+    hidden_on_host: bool
+    slots: int
+    hidden: int
+    activations: int
+    packing: int
+    staging: tuple[int, int]
+    host: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes allocated on the device at any time."""
+        return self.slots + self.hidden + self.activations + self.packing
+
+
+def plan_memory(
+    job: Job,
+    *,
+    tokens: tuple[int, int],
+    compute_bytes: int,
+    slots: int,
+    read_ahead: int,
+    wish: MemoryWish,
+) -> MemoryPlan:
+    """The largest micro-batch that fits, with hidden states on the device where they do.
+
+    Args:
+        job: A job whose layout fits.
+        tokens: Calibration sequences and their length; (0, 0) without a forward pass.
+        compute_bytes: Bytes per element of the compute dtype.
+        slots: Bytes of all slots.
+        read_ahead: Bytes of the read-ahead's host buffer.
+        wish: What the user fixed, and the device.
+
+    Raises:
+        ConfigError: Not even one sequence at a time fits.
+    """
+    largest, widest = packed_sizes(job)
+    staging = (largest, math.ceil(widest / largest) + 2 if largest else 0)
+    sequences = math.ceil(tokens[0] / job.dims.dp)
+    per_sequence = tokens[1] // job.dims.tp * job.architecture.hidden_size * compute_bytes
+
+    def plan(micro_batch: int, on_host: bool) -> MemoryPlan:
+        hidden = (2 * micro_batch if on_host else sequences) * per_sequence
+        activations = max(
+            activation_bytes(job.architecture, job.dims, kind, micro_batch * tokens[1])
+            for kind in dict.fromkeys(job.architecture.layers)
+        )
+        host = staging[0] * staging[1] + read_ahead + (sequences * per_sequence if on_host else 0)
+        return MemoryPlan(
+            micro_batch,
+            on_host,
+            slots,
+            hidden,
+            activations * compute_bytes // 2 if tokens[0] else 0,
+            2 * largest,
+            staging,
+            host,
+        )
+
+    sizes = [wish.micro_batch] if wish.micro_batch else _sizes(sequences, tokens[1])
+    if wish.device_bytes is None or not tokens[0]:
+        return plan(wish.micro_batch or 1, False)
+    room = wish.device_bytes * (1 - FRAGMENTATION) - RESERVED_BYTES
+    places = {"device": [False], "host": [True]}.get(wish.hidden_store, [False, True])
+    for on_host in places:
+        for size in sizes:
+            is_small = size * tokens[1] < FEWEST_TOKENS_ON_DEVICE and size < sizes[0]
+            if is_small and not on_host and len(places) > 1:
+                break
+            if plan(size, on_host).peak <= room:
+                return plan(size, on_host)
+    least = plan(sizes[-1], places[-1])
+    raise ConfigError(
+        "GPU memory",
+        value=f"{wish.device_bytes / 2**30:.1f} GiB",
+        rule=f"slots {least.slots / 2**30:.1f} + hidden states {least.hidden / 2**30:.1f} + "
+        f"activations {least.activations / 2**30:.1f} + packing {least.packing / 2**30:.1f} GiB, "
+        f"and {RESERVED_BYTES / 2**30:.0f} GiB of CUDA's own, must fit",
+        remedy="use more ranks (parallel.ep, parallel.tp), a shorter calibration.seq_len, "
+        "or leave calibration.micro_batch and hidden_store to the plan",
+    )
+
+
+def activation_bytes(
+    a: Architecture, dims: ParallelDims, kind: LayerType, micro_batch_tokens: int
+) -> int:
+    """What one layer holds at its widest point, in a 16-bit compute dtype, its input not counted.
+
+    Args:
+        a: The model.
+        dims: The rank grid.
+        kind: Type of layer.
+        micro_batch_tokens: Tokens of one micro-batch over all ranks of the TP group.
+    """
+    local = micro_batch_tokens // dims.tp
+    normed = local * a.hidden_size * 2
+    gathered = micro_batch_tokens * a.hidden_size * 2 if dims.tp > 1 else 0
+    if kind is LayerType.mamba:
+        return normed + gathered + micro_batch_tokens * _mamba_bytes(a, dims)
+    if kind is LayerType.attention:
+        return normed + gathered + micro_batch_tokens * _attention_bytes(a, dims)
+    if kind is LayerType.moe:
+        return normed + _moe_bytes(a, dims, local)
+    width = a.intermediate_size // dims.tp
+    return normed + gathered + micro_batch_tokens * 2 * (width + a.hidden_size)
+
+
+def packed_sizes(job: Job) -> tuple[int, int]:
+    """Bytes of the largest block of packed tensors, and of all that a rank writes of one layer."""
+    largest, widest = 0, 0
+    for schedule in _one_of_each_type(job):
+        for item in schedule.dense:
+            largest = max(largest, _code_bytes(item.spec, item.module_format))
+        for projection, module_format in schedule.experts.items():
+            spec = expert_spec(job.architecture, schedule.layer, projection)
+            held = job.architecture.n_routed_experts // (job.dims.ep * job.dims.edp) + 1
+            count = min(held, experts_per_chunk(spec))
+            largest = max(largest, count * _code_bytes(spec, module_format))
+        widest = max(widest, *layer_written_bytes(job, schedule))
+    return largest, widest
+
+
+def _code_bytes(spec: TensorSpec, module_format: ModuleFormat) -> int:
+    return spec.parameters // (1 if module_format.weight_format is Format.fp8 else 2)
+
+
+def _mamba_bytes(a: Architecture, dims: ParallelDims) -> int:
+    """Per token: projection, convolution's output, chunk states, the scan's output."""
+    tp = dims.tp
+    projected, convolved = sum(a.mamba_in_parts) // tp, sum(a.mamba_conv_parts) // tp
+    inner, heads = a.mamba_intermediate_size // tp, a.mamba_num_heads // tp
+    state = heads * a.mamba_head_dim * a.ssm_state_size * 4 // a.chunk_size
+    scores = max(a.n_groups // tp, 1) * a.chunk_size * 4
+    return 2 * (projected + convolved + inner) + 2 * state + scores + 2 * 4 * heads
+
+
+def _attention_bytes(a: Architecture, dims: ParallelDims) -> int:
+    """Per token: q, k and v, the mixed heads, and their copy in the projection's layout."""
+    queries = a.num_attention_heads * a.head_dim // dims.tp
+    keys = max(a.num_key_value_heads // dims.tp, 1) * a.head_dim
+    return 2 * (queries + 2 * keys + 2 * queries)
+
+
+def _moe_bytes(a: Architecture, dims: ParallelDims, local: int) -> int:
+    """Latents of the exchange group, rows of this rank's experts, the shared expert's output."""
+    latent, group = a.expert_input_size, dims.ep * dims.etp
+    rows = local * group * a.num_experts_per_tok // dims.ep
+    width = a.moe_intermediate_size // dims.etp
+    shared = local * a.hidden_size * 2 if a.has_shared_experts else 0
+    exchanged = local * latent * 2 * (1 if group == 1 else 1 + group)
+    return shared + exchanged + rows * 2 * (latent + width) + rows * 16
+
+
+def _sizes(sequences: int, seq_len: int) -> list[int]:
+    """Micro-batches worth trying, the largest first."""
+    size, sizes = 1, [1]
+    while size * 2 <= sequences and size * 2 * seq_len <= LARGEST_MICRO_BATCH_TOKENS:
+        size *= 2
+        sizes.append(size)
+    return sizes[::-1]
+
+
+def _one_of_each_type(job: Job) -> list[LayerSchedule]:
+    """The schedules that differ in what they pack; layers of one type and format are alike."""
+    found: dict[object, LayerSchedule] = {}
+    for schedule in job.schedules:
+        dense = tuple(item.module_format for item in schedule.dense)
+        key = (schedule.layer_type, dense, tuple(schedule.experts.items()))
+        found.setdefault(key, schedule)
+    return list(found.values())

@@ -1,0 +1,389 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""NVFP4 on a GPU: choose block scales, pack and measure a whole stack in one launch, and back.
+
+In: weights [..., N, K], bf16 or fp32, and the fp32 amax [...] of each matrix. Out: the bytes of
+`reference.quantize_nvfp4` and the sums of `statistics.measure_statistics`. A program takes
+`_TILES` tiles of blocks, one block per thread: it reads each weight once, keeps what it needs in
+registers, and writes codes, scales and six partial sums, which are then added in a fixed order.
+
+Errors of blocks are summed in fp32 inside a block and in fp64 over blocks: relative to the
+reference's fp64 they are within 1e-6 (where a mean squared error is below 1e-14 of amax**2, fp32
+squares underflow and less is exact). Counts are equal. `tensor_amax` must not be below the
+weights' own amax for the sums to be finite.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.nvfp4 import formats
+from pipeline.nvfp4.formats import BLOCK_SIZE, WeightMethod
+from pipeline.nvfp4.kernels_blocks import (
+    LAUNCH,
+    RECIPROCAL_6,
+    as_matrices,
+    divide_and_round,
+    e4m3_code,
+    e4m3_value,
+    is_ordinary,
+    load_lanes,
+    pack_bytes,
+    quotient,
+    round_to_e4m3,
+    squared_error,
+    stored_amax,
+)
+from pipeline.nvfp4.kernels_sweep import sweep_scales
+from pipeline.nvfp4.reference import PackedWeight, weight_scale_2
+from pipeline.nvfp4.rows import check_per_matrix, check_weight
+from pipeline.nvfp4.statistics import SEARCHING_METHODS, WeightStatistics
+
+_METHOD_CODES = {method: code for code, method in enumerate(WeightMethod)}
+_MAX_DYNAMIC = tl.constexpr(_METHOD_CODES[WeightMethod.max_dynamic])
+_FOUR_OVER_SIX = tl.constexpr(_METHOD_CODES[WeightMethod.four_over_six])
+_MSE = tl.constexpr(_METHOD_CODES[WeightMethod.mse])
+
+_E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
+_FOUR_OVER_SIX_MAX = tl.constexpr(formats.FOUR_OVER_SIX_MAX)
+_MULTIPLIER = tl.constexpr(formats.FOUR_OVER_SIX_MULTIPLIER)
+_HOPPER_FLUSH_BELOW = tl.constexpr(formats.HOPPER_FLUSH_BELOW)
+_SUMS = tl.constexpr(6)
+
+# Blocks per tile, warps per program, tiles per program. The sweep tries as many candidates as the
+# neediest block of a tile, so its tiles are small: one warp.
+_TILE = (128, 4, 16)
+_SWEEP_TILE = (32, 1, 16)
+_DEQUANTIZE_BLOCKS = 512
+
+
+def pack_nvfp4(
+    weight: Tensor,
+    tensor_amax: Tensor,
+    method: WeightMethod,
+    *,
+    compare_to_max: bool = False,
+    out: PackedWeight | None = None,
+) -> tuple[PackedWeight, WeightStatistics]:
+    """Choose, pack and measure [..., N, K] weights; nothing waits for the device.
+
+    Args:
+        weight: bf16 or fp32 [..., N, K], finite. Matrices that are not contiguous are copied.
+        tensor_amax: fp32 [...], on the same device.
+        method: How block scales are chosen.
+        compare_to_max: Also measure the error of method `max`; else `squared_error_of_max` is
+            the method's own error.
+        out: Contiguous tensors of the result's shapes and dtypes to write into.
+
+    Raises:
+        NumericsError: The dtype is not bf16 or fp32, K is not a multiple of 16, or the amax has
+            another shape.
+    """
+    check_weight(weight)
+    check_per_matrix(weight, tensor_amax)
+    *matrix_dims, n_rows, columns = weight.shape
+    packed = out if out is not None else empty_packed(weight)
+    assert packed.codes.shape == (*matrix_dims, n_rows, columns // 2)
+    assert packed.weight_scale.shape == (*matrix_dims, n_rows, columns // BLOCK_SIZE)
+    for part in (packed.codes, packed.weight_scale, packed.weight_scale_2):
+        assert part.is_contiguous()
+    packed.weight_scale_2.copy_(weight_scale_2(tensor_amax, method))
+    matrices = as_matrices(weight)
+    n_matrices, blocks_per_matrix = len(matrices), matrices.shape[1] // BLOCK_SIZE
+    blocks, warps, tiles = _SWEEP_TILE if method is WeightMethod.mse else _TILE
+    programs = triton.cdiv(blocks_per_matrix, blocks * tiles)
+    sums = matrices.new_empty((n_matrices, 6, programs), dtype=torch.float64)
+    compare = compare_to_max and method in SEARCHING_METHODS
+    if n_matrices * programs:
+        _pack_kernel[(n_matrices * programs,)](
+            matrices,
+            tensor_amax.contiguous(),
+            packed.weight_scale_2,
+            weight_scale_2(tensor_amax, WeightMethod.max),
+            packed.codes,
+            packed.weight_scale.view(torch.uint8),
+            sums,
+            matrices.stride(0) // BLOCK_SIZE,
+            blocks_per_matrix,
+            programs,
+            METHOD=_METHOD_CODES[method],
+            COMPARE=compare,
+            BLOCKS=blocks,
+            TILES=tiles,
+            num_warps=warps,
+            **LAUNCH,
+        )
+    return packed, _statistics(sums.sum(-1).view(*matrix_dims, 6), blocks_per_matrix, compare)
+
+
+def empty_packed(weight: Tensor) -> PackedWeight:
+    """Allocate what [..., N, K] weights are packed into."""
+    *matrix_dims, n_rows, columns = weight.shape
+    blocks = columns // BLOCK_SIZE
+    return PackedWeight(
+        weight.new_empty((*matrix_dims, n_rows, columns // 2), dtype=torch.uint8),
+        weight.new_empty((*matrix_dims, n_rows, blocks), dtype=torch.float8_e4m3fn),
+        weight.new_empty(matrix_dims, dtype=torch.float32),
+    )
+
+
+def dequantize_nvfp4(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights [..., N, K] of a packed weight, as `reference.dequantize_nvfp4` has them."""
+    codes, scales = packed.codes.contiguous(), packed.weight_scale.contiguous()
+    weight = codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
+    n_matrices = packed.weight_scale_2.numel()
+    if weight.numel():
+        blocks_per_matrix = scales.numel() // n_matrices
+        programs = triton.cdiv(blocks_per_matrix, _DEQUANTIZE_BLOCKS)
+        _dequantize_kernel[(n_matrices * programs,)](
+            codes,
+            scales.view(torch.uint8),
+            packed.weight_scale_2.contiguous(),
+            weight,
+            blocks_per_matrix,
+            programs,
+            BLOCKS=_DEQUANTIZE_BLOCKS,
+            num_warps=4,
+            **LAUNCH,
+        )
+    return weight
+
+
+def _statistics(sums: Tensor, blocks_per_matrix: int, compare: bool) -> WeightStatistics:
+    """Name the sums [..., 6] that `_pack_kernel` writes."""
+    error, weight, of_max, zero, m4, flushed = sums.unbind(-1)
+    return WeightStatistics(
+        squared_error=error,
+        squared_weight=weight,
+        blocks=torch.full_like(zero, blocks_per_matrix, dtype=torch.int64),
+        zero_blocks=zero.long(),
+        blocks_m4=m4.long(),
+        blocks_flushed=flushed.long(),
+        squared_error_of_max=of_max if compare else error,
+    )
+
+
+@triton.jit(do_not_specialize=["matrix_stride", "blocks_per_matrix", "programs"])
+def _pack_kernel(
+    weight_ptr,
+    amax_ptr,
+    tensor_scale_ptr,
+    scale_of_max_ptr,
+    codes_ptr,
+    scales_ptr,
+    sums_ptr,
+    matrix_stride,
+    blocks_per_matrix,
+    programs,
+    METHOD: tl.constexpr,
+    COMPARE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Grid: `programs` per matrix. `matrix_stride` counts blocks; sums are fp64 [E, 6, programs]."""
+    matrix = tl.program_id(0) // programs
+    part = tl.program_id(0) % programs
+    weight_ptr += matrix.to(tl.int64) * matrix_stride * 16
+    codes_ptr += matrix.to(tl.int64) * blocks_per_matrix * 8
+    scales_ptr += matrix.to(tl.int64) * blocks_per_matrix
+    sums_ptr += matrix.to(tl.int64) * programs * _SUMS + part
+    amax = stored_amax(tl.load(amax_ptr + matrix))
+    tensor_scale = tl.load(tensor_scale_ptr + matrix)
+    scale_of_max = tl.load(scale_of_max_ptr + matrix)
+    first = part * (BLOCKS * TILES)
+    n_tiles = tl.minimum(tl.cdiv(blocks_per_matrix - first, BLOCKS), TILES)
+    if is_ordinary(amax):
+        _pack_tiles(
+            *(weight_ptr, codes_ptr, scales_ptr, sums_ptr, amax, tensor_scale, scale_of_max),
+            *(first, n_tiles, blocks_per_matrix, programs, METHOD, COMPARE, True, BLOCKS),
+        )
+    else:
+        _pack_tiles(
+            *(weight_ptr, codes_ptr, scales_ptr, sums_ptr, amax, tensor_scale, scale_of_max),
+            *(first, n_tiles, blocks_per_matrix, programs, METHOD, COMPARE, False, BLOCKS),
+        )
+
+
+@triton.jit
+def _pack_tiles(
+    weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    sums_ptr,
+    amax,
+    tensor_scale,
+    scale_of_max,
+    first,
+    n_tiles,
+    blocks_per_matrix,
+    programs,
+    METHOD: tl.constexpr,
+    COMPARE: tl.constexpr,
+    ORDINARY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Pack and measure the tiles of one program."""
+    error_B = tl.zeros((BLOCKS,), tl.float64)
+    weight_B = tl.zeros((BLOCKS,), tl.float64)
+    of_max_B = tl.zeros((BLOCKS,), tl.float64)
+    zero_B = tl.zeros((BLOCKS,), tl.int32)
+    m4_B = tl.zeros((BLOCKS,), tl.int32)
+    flushed_B = tl.zeros((BLOCKS,), tl.int32)
+    for tile in range(n_tiles):
+        block = (first + tile * BLOCKS).to(tl.int64)
+        block_B = block + tl.arange(0, BLOCKS)
+        is_block_B = block_B < blocks_per_matrix
+        lanes_BL = load_lanes(weight_ptr, block * 16, is_block_B, BLOCKS)
+        magnitude_BL = tl.abs(lanes_BL)
+        amax_B = tl.max(magnitude_BL, axis=1)
+        chosen_B, value_BL, fp32_error_B, is_m4_B = _choose(
+            magnitude_BL, amax_B, amax, tensor_scale, METHOD, ORDINARY, BLOCKS
+        )
+        scale_B = chosen_B * tensor_scale
+        codes_BH = pack_bytes(value_BL, lanes_BL, BLOCKS)
+        byte_BH = block_B[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(codes_ptr + byte_BH, codes_BH, mask=is_block_B[:, None])
+        tl.store(scales_ptr + block_B, e4m3_code(chosen_B).to(tl.uint8), mask=is_block_B)
+        if ORDINARY:
+            error_B += fp32_error_B.to(tl.float64)
+        else:
+            error_B += _wide_error(value_BL, scale_B, magnitude_BL)
+        weight_B += _sum_squares(magnitude_BL, ORDINARY)
+        if COMPARE:
+            of_max_B += _error_of_max(magnitude_BL, amax_B, amax, scale_of_max, ORDINARY)
+        zero_B += ((amax_B == 0) & is_block_B).to(tl.int32)
+        flushed_B += ((chosen_B < _HOPPER_FLUSH_BELOW) & (amax_B > 0)).to(tl.int32)
+        if METHOD == _FOUR_OVER_SIX:
+            m4_B += is_m4_B.to(tl.int32)
+    tl.store(sums_ptr, tl.sum(error_B, axis=0))
+    tl.store(sums_ptr + programs, tl.sum(weight_B, axis=0))
+    tl.store(sums_ptr + programs * 2, tl.sum(of_max_B, axis=0))
+    tl.store(sums_ptr + programs * 3, tl.sum(zero_B, axis=0).to(tl.float64))
+    tl.store(sums_ptr + programs * 4, tl.sum(m4_B, axis=0).to(tl.float64))
+    tl.store(sums_ptr + programs * 5, tl.sum(flushed_B, axis=0).to(tl.float64))
+
+
+@triton.jit
+def _choose(
+    magnitude_BL,
+    amax_B,
+    amax,
+    tensor_scale,
+    METHOD: tl.constexpr,
+    ORDINARY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Block scales [B], E2M1 values [B, L], fp32 errors [B] and whether on four won [B]."""
+    is_m4_B = amax_B < 0
+    if METHOD == _MSE:
+        chosen_B, error_B = sweep_scales(magnitude_BL, amax_B, tensor_scale, ORDINARY, BLOCKS)
+        value_BL = divide_and_round(magnitude_BL, chosen_B * tensor_scale, ORDINARY, True)
+    else:
+        if METHOD == _MAX_DYNAMIC:
+            chosen_B = _scale_of_dynamic(amax_B, tensor_scale)
+        elif METHOD == _FOUR_OVER_SIX:
+            chosen_B = _scale_on_six(amax_B, 1.0, amax, _FOUR_OVER_SIX_MAX, ORDINARY)
+        else:
+            chosen_B = _scale_on_six(amax_B, 1.0, amax, _E4M3_MAX, ORDINARY)
+        scale_B = chosen_B * tensor_scale
+        value_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, True)
+        error_B = squared_error(value_BL, scale_B, magnitude_BL, BLOCKS)
+        if METHOD == _FOUR_OVER_SIX:
+            four_B = _scale_on_six(amax_B, _MULTIPLIER, amax, _FOUR_OVER_SIX_MAX, ORDINARY)
+            scale_B = four_B * tensor_scale
+            on_four_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, True)
+            error_on_four_B = squared_error(on_four_BL, scale_B, magnitude_BL, BLOCKS)
+            # Strictly less, so the scales differ: such a block did land on another value.
+            is_m4_B = error_on_four_B < error_B
+            chosen_B = tl.where(is_m4_B, four_B, chosen_B)
+            value_BL = tl.where(is_m4_B[:, None], on_four_BL, value_BL)
+            error_B = tl.where(is_m4_B, error_on_four_B, error_B)
+    if not ORDINARY:
+        # A scale that underflowed to zero gives magnitude 0.
+        value_BL = tl.where((chosen_B * tensor_scale > 0)[:, None], value_BL, 0.0)
+    return chosen_B, value_BL, error_B, is_m4_B
+
+
+@triton.jit
+def _scale_on_six(
+    amax_B, multiplier: tl.constexpr, amax, LARGEST: tl.constexpr, ORDINARY: tl.constexpr
+):
+    """`reference.scale_from_amax` of a stored tensor amax; fp32 holding E4M3, [B]."""
+    scale_B = (amax_B * multiplier) * RECIPROCAL_6
+    scale_B = tl.where(scale_B == 0, 1.0, scale_B) * LARGEST
+    limit = amax * RECIPROCAL_6
+    if ORDINARY:
+        # What is far beyond 448 stays beyond it; without the limit it could become Inf - Inf.
+        scale_B = tl.minimum(scale_B, limit * 1024.0)
+    return round_to_e4m3(quotient(scale_B, limit, tl.math.div_rn(1.0, limit), ORDINARY))
+
+
+@triton.jit
+def _scale_of_dynamic(amax_B, tensor_scale):
+    """The scales of `max_dynamic`; fp32 holding E4M3, [B]."""
+    scale_B = tl.math.div_rn(amax_B, 6.0 * tensor_scale)
+    return round_to_e4m3(tl.where(scale_B == 0, 1.0, scale_B))
+
+
+@triton.jit
+def _error_of_max(magnitude_BL, amax_B, amax, tensor_scale, ORDINARY: tl.constexpr):
+    """Squared errors that method `max` would have, fp64 [B]."""
+    scale_B = _scale_on_six(amax_B, 1.0, amax, _E4M3_MAX, ORDINARY) * tensor_scale
+    value_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, False)
+    if ORDINARY:
+        error_BL = value_BL * scale_B[:, None] - magnitude_BL
+        return tl.sum(error_BL * error_BL, axis=1).to(tl.float64)
+    else:
+        value_BL = tl.where((scale_B > 0)[:, None], value_BL, 0.0)
+        return _wide_error(value_BL, scale_B, magnitude_BL)
+
+
+@triton.jit
+def _sum_squares(magnitude_BL, ORDINARY: tl.constexpr):
+    """Sums of squares, fp64 [B]; in fp64 throughout where fp32 could over- or underflow."""
+    if ORDINARY:
+        return tl.sum(magnitude_BL * magnitude_BL, axis=1).to(tl.float64)
+    else:
+        wide_BL = magnitude_BL.to(tl.float64)
+        return tl.sum(wide_BL * wide_BL, axis=1)
+
+
+@triton.jit
+def _wide_error(value_BL, scale_B, magnitude_BL):
+    """Squared errors of the dequantized fp32 weights, in fp64 throughout, [B]."""
+    stored_BL = (value_BL * scale_B[:, None]).to(tl.float64)
+    error_BL = stored_BL - magnitude_BL.to(tl.float64)
+    return tl.sum(error_BL * error_BL, axis=1)
+
+
+@triton.jit(do_not_specialize=["blocks_per_matrix", "programs"])
+def _dequantize_kernel(
+    codes_ptr,
+    scales_ptr,
+    tensor_scale_ptr,
+    weight_ptr,
+    blocks_per_matrix,
+    programs,
+    BLOCKS: tl.constexpr,
+):
+    """Grid: `programs` per matrix, of BLOCKS blocks each."""
+    matrix = tl.program_id(0) // programs
+    first = (tl.program_id(0) % programs) * BLOCKS
+    is_block_B = first + tl.arange(0, BLOCKS) < blocks_per_matrix
+    block_B = matrix.to(tl.int64) * blocks_per_matrix + first + tl.arange(0, BLOCKS)
+    code_BH = tl.load(
+        codes_ptr + block_B[:, None] * 8 + tl.arange(0, 8)[None, :], mask=is_block_B[:, None]
+    ).to(tl.int32)
+    code_BL = tl.reshape(tl.join(code_BH & 15, code_BH >> 4), (BLOCKS, 16))
+    scale_B = e4m3_value(tl.load(scales_ptr + block_B, mask=is_block_B).to(tl.int32))
+    scale_B *= tl.load(tensor_scale_ptr + matrix)
+    # The codes of E2M1 are the top bits of fp32 values 2**126 times smaller. Code 8 is +0.0.
+    magnitude_BL = ((code_BL & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
+    value_BL = tl.where(code_BL > 8, -magnitude_BL, magnitude_BL) * scale_B[:, None]
+    tl.store(
+        weight_ptr + block_B[:, None] * 16 + tl.arange(0, 16)[None, :],
+        value_BL.to(weight_ptr.dtype.element_ty),
+        mask=is_block_B[:, None],
+    )
