@@ -6,19 +6,19 @@ experts follows from `--gigabytes`), or takes one (`--checkpoint`); reads it col
 rank; writes as many bytes; removes what it made. Prints JSON: medians over `--rounds`.
 
 Before each read the page cache is dropped: the whole machine's where that is allowed (root), that
-of the files (posix_fadvise) otherwise. `fraction` is the rate over that of the plain way: for
-reads the better of one and of many threads, for writes one thread that writes, then syncs.
+of the files (posix_fadvise) otherwise. `bytes` are those of the files: a rank that wants half of
+every row reads whole rows. `fraction` is the rate over that of the plain way: for reads the better
+of one and of many threads, for writes one thread that writes one file, then syncs it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import queue
+import re
 import shutil
 import statistics
 import tempfile
@@ -31,37 +31,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import describe_machine
 
+from launch.entry import CONF_DIR
 from pipeline.architecture import Architecture, expected_tensors, layer_tensors
 from pipeline.checkpoint.durable import create, write_all
 from pipeline.checkpoint.read_ahead import ReadAhead, Request
 from pipeline.checkpoint.safetensors_file import CHUNK_BYTES
+from pipeline.checkpoint.slices import cut_of, pieces_of
 from pipeline.checkpoint.source import FileSource, open_source
 from pipeline.checkpoint.writer import ShardWriter
+from pipeline.model_config import read_model_config
 from pipeline.sharding import ParallelDims, shard_of
 
-CONFIG = {
-    "model_type": "nemotron_h",
+# Layers of Nemotron 3 Ultra, fewer of them, with fewer experts.
+CHANGES = {
     "hybrid_override_pattern": "MEM*E",
     "num_hidden_layers": 5,
-    "hidden_size": 8192,
     "vocab_size": 1024,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "mamba_num_heads": 256,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 5120,
-    "moe_latent_size": 2048,
-    "n_shared_experts": 1,
-    "moe_shared_expert_intermediate_size": 10240,
-    "intermediate_size": 5120,
     "num_nextn_predict_layers": 0,
-    "tie_word_embeddings": False,
 }
 LAYOUTS = {
     "whole": ParallelDims(),
@@ -99,7 +87,7 @@ def main() -> None:
     parser.add_argument("--write-gigabytes", type=float, default=4.0, help="size of each write")
     parser.add_argument("--threads", type=int, default=8, help="readers")
     parser.add_argument("--files", type=int, default=2, help="files that are written at a time")
-    parser.add_argument("--buffer-gigabytes", type=float, default=2.0, help="ring of the readers")
+    parser.add_argument("--buffer-gigabytes", type=float, default=0.5, help="ring of the readers")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
@@ -113,8 +101,9 @@ def main() -> None:
             shutil.rmtree(checkpoint)
         write = measure_writes(scratch, arguments)
     options = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
-    environment = describe_machine(arguments.directory)
-    print(json.dumps({**environment, "options": options, "read": read, "write": write}, indent=1))
+    result = describe_machine(arguments.directory) | {"options": options}
+    text = json.dumps(result | {"read": read, "write": write}, indent=1)
+    print(re.sub(r"\[\s+([\d.,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text))
 
 
 # ---- reading
@@ -123,10 +112,11 @@ def main() -> None:
 def make_checkpoint(directory: Path, nbytes: float) -> None:
     """Files of about 2 GiB, in the order of the layers."""
     directory.mkdir()
-    experts = 2
-    while checkpoint_bytes(experts + 2) <= nbytes:
-        experts += 2
-    config = {**CONFIG, "n_routed_experts": experts}
+    ultra = read_model_config("nemotron3_ultra", CONF_DIR) | CHANGES
+    ultra["num_experts_per_tok"] = 2
+    sizes = [checkpoint_bytes(ultra | {"n_routed_experts": count}) for count in (2, 4)]
+    experts = 2 + 2 * max(0, int((nbytes - sizes[0]) // (sizes[1] - sizes[0])))
+    config = ultra | {"n_routed_experts": experts}
     (directory / "config.json").write_text(json.dumps(config))
     groups: list[dict[str, RandomTensor]] = [{}]
     for spec in expected_tensors(Architecture.from_hf_config(config)):
@@ -144,10 +134,10 @@ def make_checkpoint(directory: Path, nbytes: float) -> None:
             file.finish()
 
 
-def checkpoint_bytes(experts: int) -> int:
+def checkpoint_bytes(config: dict[str, Any]) -> int:
     """Size of a made checkpoint."""
-    architecture = Architecture.from_hf_config({**CONFIG, "n_routed_experts": experts})
-    return sum(RandomTensor(spec.shape).nbytes for spec in expected_tensors(architecture))
+    specs = expected_tensors(Architecture.from_hf_config(config))
+    return sum(RandomTensor(spec.shape).nbytes for spec in specs)
 
 
 def measure_reads(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -204,14 +194,18 @@ def read_plainly(files: list[Path], threads: int) -> int:
 
 
 def read_ahead(source: FileSource, dims: ParallelDims, arguments: argparse.Namespace) -> int:
-    """All layers, as rank 0 of a layout; returns the bytes of its shards."""
+    """All layers, as rank 0 of a layout; returns the bytes that are read from the files."""
     architecture = Architecture.from_hf_config(source.config)
     layers: list[list[Request]] = []
+    nbytes = 0
     for layer in range(len(architecture.layers)):
-        shards = [
-            (s, shard_of(s, architecture, dims, 0)) for s in layer_tensors(architecture, layer)
-        ]
-        layers.append([(spec, spec.name, shard) for spec, shard in shards if shard is not None])
+        layers.append([])
+        for spec in layer_tensors(architecture, layer):
+            shard = shard_of(spec, architecture, dims, 0)
+            if shard is not None:
+                layers[-1].append((spec, spec.name, shard))
+                cut = cut_of(source.info(spec.name), shard)
+                nbytes += sum(piece.nbytes for piece in pieces_of(cut))
     with ReadAhead(
         layers,
         source,
@@ -222,7 +216,7 @@ def read_ahead(source: FileSource, dims: ParallelDims, arguments: argparse.Names
         for _ in layers:
             for item in ahead.layer():
                 item.release()
-    return ahead.bytes_read
+    return nbytes
 
 
 def drop_caches(files: list[Path]) -> str:
@@ -338,47 +332,9 @@ def rate(result: dict[str, Any], times: list[float]) -> float:
 
 def summary(result: dict[str, Any], times: list[float], plain: float) -> dict[str, Any]:
     """Rates of one way."""
-    return {
-        "seconds": [round(seconds, 2) for seconds in times],
-        "GB/s": round(rate(result, times), 3),
-        "fraction": round(rate(result, times) / plain, 2),
-    }
-
-
-def describe_machine(directory: Path) -> dict[str, Any]:
-    """Hardware and versions; nothing that names the machine."""
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else 'unknown'}",
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "disk": describe_disk(directory),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "kernel": platform.release().split("-")[0],
-        },
-    }
-
-
-def describe_disk(directory: Path) -> str:
-    """File system, and the disk below it where that is one."""
-    kind, longest = "unknown file system", ""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, mount, this_kind, *_ = line.split()
-        if directory.resolve().is_relative_to(mount) and len(mount) >= len(longest):
-            kind, longest = this_kind, mount
-    device = os.stat(directory).st_dev
-    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    for candidate in (block, block.parent):
-        model = candidate / "device" / "model"
-        if model.is_file():
-            return f"{kind} on {model.read_text().strip()}"
-    return f"{kind} on {''.join(c for c in block.name if c.isalpha()) or 'no block device'}"
+    speed = rate(result, times)
+    seconds = [round(value, 2) for value in times]
+    return {"seconds": seconds, "GB/s": round(speed, 3), "fraction": round(speed / plain, 2)}
 
 
 if __name__ == "__main__":

@@ -65,17 +65,17 @@ def main() -> None:
         directory = Path(name)
         touch(directory, layer.export_bytes * 2)
         sides = {side: start_side(side, options, directory) for side in options.sides}
-        result: dict[str, Any] = describe(options, directory) | {"notes": notes, "sides": sides}
-        exported = [directory / side for side in SIDES]
-        if all(any(path.glob("*.safetensors")) for path in exported):
+        result: dict[str, Any] = describe(options, directory)
+        result |= {"notes": notes, "sides": sides, "ratios": summarize(sides)}
+        save(result, options.json)  # what was measured is safe, whatever comes of comparing
+        failed = any("error" in side for side in sides.values())
+        if len(sides) == len(SIDES) and not failed:
             from one_moe_layer.compare import compare
 
             result["comparison"] = compare(layer, directory / "ours", directory / "modelopt")
-    result["ratios"] = summarize(sides)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            save(result, options.json)
     show(result)
-    if any("error" in side for side in sides.values()):
+    if failed:
         sys.exit(1)
 
 
@@ -117,6 +117,12 @@ def parse() -> argparse.Namespace:
     options.tokens_ours = options.tokens_ours or OUR_SEQUENCES * seq_len
     options.tokens_modelopt = options.tokens_modelopt or THEIR_SEQUENCES * seq_len
     return options
+
+
+def save(result: dict[str, Any], path: Path | None) -> None:
+    """Writes the JSON file, if one is wanted."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _numbers(text: str) -> list[int]:

@@ -6,15 +6,13 @@ torchrun --nproc-per-node 8 -m launch.calibrate ... parallel.ep=8
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from launch.entry import CONF_DIR, launch
 from pipeline.calibrate import calibrate
 from pipeline.config import to_dataclass, to_yaml
 from pipeline.preparation import Place
-from pipeline.publication import METRICS, REPORT_DIRECTORY
+from pipeline.publication import METRICS
 from pipeline.report.terminal import print_report
 from pipeline.runtime.collectives import disconnect
 from pipeline.runtime.logs import set_up_logging
@@ -31,7 +29,7 @@ def _act(composed: DictConfig, place: Place) -> int:
     report = calibrate(config, CONF_DIR, place, to_yaml(composed))
     disconnect()
     if report is not None:
-        directory = Path(report.output) / REPORT_DIRECTORY
+        directory = config.report_directory
         names = {"report": "report.html", "run": "run.json", "metrics": METRICS}
         print_report(report, files={key: directory / name for key, name in names.items()})
     return 0

@@ -129,7 +129,9 @@ def plan_work(
         owns = item.owner == at.tp_rank
         packs = owns or not shard.is_whole
         blocks = _blocks([item.spec.module], item.spec.shape, item.module_format) if owns else ()
-        dense.append(DenseWork(item, shard, packs, packs and shard.counted, blocks))
+        dense.append(
+            DenseWork(item, shard, packs, packs and (shard.is_whole or shard.counted), blocks)
+        )
         if owns:
             scalars.append(_scalar_name(item.spec.module, item.module_format))
     experts, chunks = range(0), []

@@ -169,9 +169,10 @@ def _make_slots(
     job, dtype, memory = prepared.job, prepared.dtype, prepared.plan.memory
     assert memory is not None
     embedding = prepared.source.read(job.stored["backbone.embeddings.weight"].name)
+    embedding = embedding.to(ranks.device)
     store = HiddenStore(
         token_ids,
-        embedding.to(ranks.device),
+        embedding,
         job.dims,
         ranks.rank,
         micro_batch=memory.micro_batch,

@@ -44,7 +44,7 @@ class LayerRun:
         filled: When its weights were there.
         ended: When its last micro-batch was computed.
         packing: Its weight statistics; None where nothing was packed.
-        file: Its shard file; None where this rank writes none.
+        files: This rank's shard files.
         observed: This rank's activation statistics.
         reduced: Those of all ranks; None without a forward pass.
         bytes_read: Of its weights, by this rank.
@@ -58,7 +58,7 @@ class LayerRun:
     filled: Mark
     ended: Mark
     packing: LayerPacking | None = None
-    file: Future[FileRecord] | None = None
+    files: Sequence[Future[FileRecord]] = ()
     observed: Sequence[Statistic] = ()
     reduced: ReducedStatistics | None = None
     bytes_read: int = 0
@@ -188,7 +188,7 @@ class Commits:
         written = 0
         if run.redo:
             start = time.monotonic()
-            files = [] if run.file is None else [run.file.result()]
+            files = [file.result() for file in run.files]
             run.write_wait_s += time.monotonic() - start
             written = sum(file.bytes for file in files)
             self.write_part(layer, files, {"packed": settled.packed})

@@ -139,13 +139,13 @@ class CalibrateConfig:
     hidden_store: HiddenStorage = HiddenStorage.auto
     read_threads: int = 8
     read_ahead_gb: float | None = None
-    write_threads: int = 2
+    write_threads: int = 4
     cast: bool = False
     allow_bad_loss: bool = False
     clamp_kv_scales: bool = True
     unobserved_input_scale: float | None = None
     compare_to_max: bool = True
-    max_shard_gb: float = 10.0
+    max_shard_gb: float = 1.0
     timeout_minutes: int = 60
     progress_seconds: float = 5.0
     verbose: bool = False

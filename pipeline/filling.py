@@ -18,6 +18,7 @@ import torch
 
 from pipeline.architecture import LayerType, TensorSpec
 from pipeline.checkpoint.read_ahead import ReadAhead
+from pipeline.checkpoint.safetensors_file import TORCH_DTYPES
 from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.runtime.lanes import Lane, Mark
 from pipeline.schedule import LayerSchedule
@@ -80,7 +81,10 @@ class SyntheticFeed:
 
     def fill(self, target: Loadable, requests: Sequence[Request]) -> None:
         """Makes one layer's tensors in place."""
-        targets = [target.target_of(spec) for spec, _, _ in requests]
+        targets = [
+            target.target_of(spec, TORCH_DTYPES[self._source.info(name).dtype])
+            for spec, name, _ in requests
+        ]
         self._source.fill_all(
             (name, shard, tensor)
             for (_, name, shard), tensor in zip(requests, targets, strict=True)
@@ -191,7 +195,7 @@ class SlotFiller:
     ) -> Mark:
         slot = self._slots[schedule.layer_type]
         if isinstance(slot, Buffers):
-            slot.expect_experts(_experts(requests))
+            slot.expect((spec, shard) for spec, _, shard in requests)
         with torch.inference_mode(), self._lane.use():
             for mark in marks:
                 mark.block_stream()
@@ -199,12 +203,3 @@ class SlotFiller:
             self._feed.fill(slot, requests)
             slot.end_fill()
             return Mark(self._device)
-
-
-def _experts(requests: Sequence[Request]) -> dict[str, list[int]]:
-    """Experts by projection, as their tensors will come."""
-    chosen: dict[str, list[int]] = {}
-    for spec, _, _ in requests:
-        if spec.is_routed_expert:
-            chosen.setdefault(spec.module.rpartition(".")[2], []).append(spec.expert)
-    return chosen

@@ -23,6 +23,9 @@ from pipeline.sharding import ParallelDims
 LARGEST_MICRO_BATCH_TOKENS = 32768
 """Where a micro-batch stops getting faster: every expert of 512 then sees about 1,400 rows."""
 
+SCAN_ELEMENTS = 2**27
+"""Inputs that the state space scan takes at a time (`pipeline/mcore/mamba.py`)."""
+
 FEWEST_TOKENS_ON_DEVICE = 8192
 """With less room than this beside resident hidden states, they go to the host."""
 
@@ -107,17 +110,21 @@ def plan_memory(
 
     def plan(micro_batch: int, on_host: bool) -> MemoryPlan:
         hidden = (2 * micro_batch if on_host else sequences) * per_sequence
-        activations = max(
-            activation_bytes(job.architecture, job.dims, kind, micro_batch * tokens[1])
-            for kind in dict.fromkeys(job.architecture.layers)
-        )
+        activations = 0
+        if tokens[0]:
+            activations = max(
+                activation_bytes(
+                    job.architecture, job.dims, kind, micro_batch * tokens[1], tokens[1]
+                )
+                for kind in dict.fromkeys(job.architecture.layers)
+            )
         host = staging[0] * staging[1] + read_ahead + (sequences * per_sequence if on_host else 0)
         return MemoryPlan(
             micro_batch,
             on_host,
             slots,
             hidden,
-            activations * compute_bytes // 2 if tokens[0] else 0,
+            activations * compute_bytes // 2,
             2 * largest,
             staging,
             host,
@@ -148,7 +155,7 @@ def plan_memory(
 
 
 def activation_bytes(
-    a: Architecture, dims: ParallelDims, kind: LayerType, micro_batch_tokens: int
+    a: Architecture, dims: ParallelDims, kind: LayerType, micro_batch_tokens: int, seq_len: int
 ) -> int:
     """What one layer holds at its widest point, in a 16-bit compute dtype, its input not counted.
 
@@ -157,18 +164,23 @@ def activation_bytes(
         dims: The rank grid.
         kind: Type of layer.
         micro_batch_tokens: Tokens of one micro-batch over all ranks of the TP group.
+        seq_len: Tokens of a sequence.
     """
-    local = micro_batch_tokens // dims.tp
-    normed = local * a.hidden_size * 2
-    gathered = micro_batch_tokens * a.hidden_size * 2 if dims.tp > 1 else 0
-    if kind is LayerType.mamba:
-        return normed + gathered + micro_batch_tokens * _mamba_bytes(a, dims)
-    if kind is LayerType.attention:
-        return normed + gathered + micro_batch_tokens * _attention_bytes(a, dims)
+    local, tp = micro_batch_tokens // dims.tp, dims.tp
+    held = 2 * local * a.hidden_size  # the norm's output
     if kind is LayerType.moe:
-        return normed + _moe_bytes(a, dims, local)
-    width = a.intermediate_size // dims.tp
-    return normed + gathered + micro_batch_tokens * 2 * (width + a.hidden_size)
+        return held + _moe_bytes(a, dims, local)
+    if tp > 1:
+        held += 2 * micro_batch_tokens * a.hidden_size  # gathered from the TP group
+    if kind is LayerType.mamba:
+        return held + _mamba_bytes(a, dims, micro_batch_tokens, seq_len)
+    if kind is LayerType.attention:
+        queries = a.num_attention_heads * a.head_dim // tp
+        keys = max(a.num_key_value_heads // tp, 1) * a.head_dim
+        # q, k and v and the mixed heads; then the mixed heads and o_proj's output
+        widest = max(2 * queries + 2 * keys, queries + a.hidden_size)
+        return held + 2 * micro_batch_tokens * widest
+    return held + 2 * micro_batch_tokens * (a.intermediate_size // tp + a.hidden_size)
 
 
 def packed_sizes(job: Job) -> tuple[int, int]:
@@ -190,21 +202,16 @@ def _code_bytes(spec: TensorSpec, module_format: ModuleFormat) -> int:
     return spec.parameters // (1 if module_format.weight_format is Format.fp8 else 2)
 
 
-def _mamba_bytes(a: Architecture, dims: ParallelDims) -> int:
-    """Per token: projection, convolution's output, chunk states, the scan's output."""
-    tp = dims.tp
-    projected, convolved = sum(a.mamba_in_parts) // tp, sum(a.mamba_conv_parts) // tp
-    inner, heads = a.mamba_intermediate_size // tp, a.mamba_num_heads // tp
-    state = heads * a.mamba_head_dim * a.ssm_state_size * 4 // a.chunk_size
-    scores = max(a.n_groups // tp, 1) * a.chunk_size * 4
-    return 2 * (projected + convolved + inner) + 2 * state + scores + 2 * 4 * heads
-
-
-def _attention_bytes(a: Architecture, dims: ParallelDims) -> int:
-    """Per token: q, k and v, the mixed heads, and their copy in the projection's layout."""
-    queries = a.num_attention_heads * a.head_dim // dims.tp
-    keys = max(a.num_key_value_heads // dims.tp, 1) * a.head_dim
-    return 2 * (queries + 2 * keys + 2 * queries)
+def _mamba_bytes(a: Architecture, dims: ParallelDims, tokens: int, seq_len: int) -> int:
+    """The projection and the scan's output of all tokens, and what one part of the scan holds."""
+    heads, groups = a.mamba_num_heads // dims.tp, max(a.n_groups // dims.tp, 1)
+    inner = heads * a.mamba_head_dim
+    convolved = inner + 2 * groups * a.ssm_state_size
+    at_a_time = max(1, SCAN_ELEMENTS // (seq_len * inner)) * seq_len
+    part = min(tokens, at_a_time)
+    state = inner * a.ssm_state_size // 128
+    of_all = 2 * tokens * (sum(a.mamba_in_parts) // dims.tp + inner)
+    return of_all + part * (2 * (convolved + state + inner + heads) + 8 * heads)
 
 
 def _moe_bytes(a: Architecture, dims: ParallelDims, local: int) -> int:

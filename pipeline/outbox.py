@@ -23,15 +23,16 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class Outbox:
-    """One file of one rank.
+    """The files of one rank for one layer; several, so that several are checksummed at a time.
 
     Args:
         writer: The pool that writes.
-        name: File name.
+        name: Of the first file, without its ending; the others get a number.
         blocks: Packed tensors to come, in order.
-        copies: Tensors that keep the source's bytes, by their name there.
+        copies: Tensors that keep the source's bytes, by their name there; all in the first file.
         buffers: Host buffers; None on a CPU, where packed tensors are written from where they are.
         device: Where blocks come from.
+        limit: Bytes of packed tensors after which the next file begins (a block is never cut).
     """
 
     def __init__(
@@ -42,15 +43,25 @@ class Outbox:
         copies: Mapping[str, Writable],
         buffers: HostBuffers | None,
         device: torch.device,
+        *,
+        limit: int,
     ) -> None:
+        self._writer, self._name = writer, name
         self._buffers, self._device = buffers, device
+        self._parts = _split(blocks, limit)
+        self._starts = {part[0].names[0]: index for index, part in enumerate(self._parts) if part}
         self._copies = dict(copies)
-        self._file: ShardFile = writer.open(name, _layout(blocks, copies))
         self._sizes = sorted({_itemsize(copy) for copy in copies.values()}, reverse=True)
+        self._done: list[Future[FileRecord]] = []
+        self._file = self._open(0)
 
     def send(self, packed: Sequence[PackedBlock]) -> None:
         """Queues blocks; may wait for a free host buffer."""
         for block, tensors in packed:
+            part = self._starts.get(block.names[0], 0)
+            if part > 0:
+                self._close()
+                self._file = self._open(part)
             self._send_copies(at_least=block.dtype.itemsize)
             if self._buffers is None:
                 for name, tensor in zip(block.names, tensors.unbind(0), strict=True):
@@ -58,10 +69,20 @@ class Outbox:
             else:
                 self._send_staged(block, tensors)
 
-    def finish(self) -> Future[FileRecord]:
-        """Everything was sent; the record follows when the file is durable."""
+    def finish(self) -> list[Future[FileRecord]]:
+        """Everything was sent; the records follow when the files are durable."""
+        self._close()
+        return self._done
+
+    def _open(self, index: int) -> ShardFile:
+        copies = self._copies if index == 0 else {}
+        number = f"-{index:02d}" if index else ""
+        layout = _layout(self._parts[index], copies)
+        return self._writer.open(f"{self._name}{number}.safetensors", layout)
+
+    def _close(self) -> None:
         self._send_copies(at_least=0)
-        return self._file.finish()
+        self._done.append(self._file.finish())
 
     def _send_copies(self, at_least: int) -> None:
         """A file holds larger elements first, and copies before packed tensors of their size."""
@@ -81,6 +102,19 @@ class Outbox:
         release = _after(len(block.names), self._buffers, buffer)
         for name, tensor in zip(block.names, staged.unbind(0), strict=True):
             self._file.put(name, tensor, wait=copied.synchronize, release=release)
+
+
+def _split(blocks: Sequence[Block], limit: int) -> list[list[Block]]:
+    """Neighbouring blocks of at most `limit` bytes together, or single ones; at least one part."""
+    parts: list[list[Block]] = [[]]
+    filled = 0
+    for block in blocks:
+        if parts[-1] and filled + block.nbytes > limit:
+            parts.append([])
+            filled = 0
+        parts[-1].append(block)
+        filled += block.nbytes
+    return parts
 
 
 def _layout(blocks: Sequence[Block], copies: Mapping[str, Writable]) -> Layout:

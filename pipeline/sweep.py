@@ -52,7 +52,7 @@ class SweepSettings:
 
     Attributes:
         scalars: How activation scalars are chosen.
-        max_shard_bytes: Largest file for tensors outside the layers.
+        max_shard_bytes: Largest file, single tensors (or a block of experts) excepted.
         cast: Round F16 and F32 weights to BF16 as they are read.
         discard: Count and checksum what would be written, and write nothing.
         read_threads: Threads that read the source.
@@ -150,6 +150,7 @@ class Sweep:
                         slot=None if self.slots is None else self.slots[schedule.layer_type],
                         store=self.store,
                         copies=self._copies_of(schedule),
+                        max_shard_bytes=settings.max_shard_bytes,
                     )
                     visit.run(redo=schedule.layer not in committed)
                 self.commits.drain()
@@ -212,12 +213,14 @@ class Sweep:
         """Copies this rank's share of the tensors outside the layers, in the background."""
         mine = [name for name, rank in self.job.outer if rank == self.ranks.rank]
         sizes = [self.job.stored[name].nbytes for name in mine]
-        groups = split_by_size(mine, sizes, self.settings.max_shard_bytes)
+        limit = self.settings.max_shard_bytes
+        groups = split_by_size(mine, sizes, limit)
         files = []
         for number, names in enumerate(groups):
-            name = f"{OUTER}-{number:03d}-rank-{self.ranks.rank:05d}.safetensors"
+            name = f"{OUTER}-{number:03d}-rank-{self.ranks.rank:05d}"
             copies = dict(map(self._copy, names))
-            files.append(Outbox(writer, name, [], copies, None, self.ranks.device).finish())
+            device = self.ranks.device
+            files += Outbox(writer, name, [], copies, None, device, limit=limit).finish()
         return files
 
     def _buffers(self) -> dict[LayerType, Buffers]:

@@ -44,6 +44,7 @@ class Visit:
         slot: The layer's slot; None without a forward pass.
         store: The hidden store; None likewise.
         copies: This rank's tensors that keep the source's bytes.
+        max_shard_bytes: Largest file.
     """
 
     schedule: LayerSchedule
@@ -57,6 +58,7 @@ class Visit:
     slot: LayerSlot | None
     store: HiddenStore | None
     copies: Mapping[str, Writable]
+    max_shard_bytes: int
     write_wait_s: float = 0.0
 
     def run(self, *, redo: bool) -> None:
@@ -108,8 +110,15 @@ class Visit:
         blocks = packing.work.blocks
         outbox = None
         if blocks or self.copies:
-            name = f"layer-{self.schedule.layer:05d}-rank-{self.ranks.rank:05d}.safetensors"
-            outbox = Outbox(self.writer, name, blocks, self.copies, self.buffers, self.ranks.device)
+            outbox = Outbox(
+                self.writer,
+                f"layer-{self.schedule.layer:05d}-rank-{self.ranks.rank:05d}",
+                blocks,
+                self.copies,
+                self.buffers,
+                self.ranks.device,
+                limit=self.max_shard_bytes,
+            )
         with self.lane.use():
             run.filled.block_stream()
         steps = packing.steps()
@@ -127,7 +136,7 @@ class Visit:
                         self.write_wait_s += time.monotonic() - start
             yield
         if outbox is not None:
-            run.file = outbox.finish()
+            run.files = outbox.finish()
 
     def _forward(
         self,

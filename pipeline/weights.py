@@ -8,7 +8,7 @@ and keep what this rank packs in buffers of the same kind.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -33,8 +33,13 @@ class Loadable(Protocol):
     def begin_fill(self, layer: int) -> None:
         """The layer held so far is given up."""
 
-    def target_of(self, spec: TensorSpec) -> torch.Tensor:
-        """Where a tensor of the layer goes, for sources that write straight into it."""
+    def target_of(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Where a tensor of the layer goes, for sources that write straight into it.
+
+        Args:
+            spec: The tensor.
+            dtype: What the source holds; tensors that keep the source's dtype take it on.
+        """
 
     def load(self, spec: TensorSpec, shard: Shard, tensor: torch.Tensor) -> None:
         """Takes in one tensor; may copy asynchronously on the current stream."""
@@ -101,14 +106,17 @@ class Buffers:
         self._first_expert, self._device = first_expert, device
         self._dense: dict[str, torch.Tensor] = {}
         self._stacks: dict[str, tuple[torch.Tensor, dict[int, int]]] = {}
-        self._experts: Mapping[str, Sequence[int]] = {}
+        self._experts: dict[str, list[int]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def expect_experts(self, chosen: Mapping[str, Sequence[int]]) -> None:
-        """Tells before a fill which experts (global indices) of each projection will come."""
-        self._experts = {
-            name: [expert - self._first_expert for expert in experts]
-            for name, experts in chosen.items()
-        }
+    def expect(self, coming: Iterable[tuple[TensorSpec, Shard]]) -> None:
+        """Tells before a fill which tensors will come."""
+        self._experts, self._shapes = {}, {}
+        for spec, shard in coming:
+            self._shapes[spec.name] = shard.shape
+            if spec.is_routed_expert:
+                experts = self._experts.setdefault(spec.module.rpartition(".")[2], [])
+                experts.append(spec.expert - self._first_expert)
 
     def begin_fill(self, layer: int) -> None:
         """Gives up the layer held so far, but not its memory."""
@@ -118,13 +126,15 @@ class Buffers:
             for name, (stack, _) in self._stacks.items()
         }
 
-    def target_of(self, spec: TensorSpec) -> torch.Tensor:
-        """A buffer of a whole, uncut tensor."""
-        return self._target(spec, spec.shape, torch.bfloat16)
+    def target_of(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A buffer of the shard's shape."""
+        assert dtype is not None
+        return self._target(spec, self._shapes[spec.name], dtype)
 
     def load(self, spec: TensorSpec, shard: Shard, tensor: torch.Tensor) -> None:
         """Copies one shard in."""
-        target = self._target(spec, shard.shape, tensor.dtype)
+        target = self.target_of(spec, tensor.dtype)
+        assert target.shape == shard.shape, spec.name
         if target.data_ptr() != tensor.data_ptr():
             target.copy_(tensor, non_blocking=True)
 

@@ -32,8 +32,8 @@ from .layer import LAYER, Layer
 from .timing import Figures, measure_batches
 
 PRESETS = Path(__file__).parents[2] / "conf" / "recipe"
-WRITE_THREADS = 1  # one file, as a rank writes one for each layer
-STAGING_BUFFERS = 4
+WRITE_THREADS = 8
+SHARD_BYTES = 10**9  # the default of max_shard_gb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,22 +204,23 @@ def staging_of(ours: Ours) -> HostBuffers | None:
     if ours.ranks.device.type != "cuda":
         return None
     packing = ours.packer.begin(ours.job.schedules[LAYER], SlotWeights(ours.slot))
-    largest = max(block.nbytes for block in packing.work.blocks)
-    return HostBuffers(largest, STAGING_BUFFERS, pinned=True)
+    sizes = [block.nbytes for block in packing.work.blocks]
+    # As the sweep's plan does it: room for all that a layer writes.
+    return HostBuffers(max(sizes), sum(sizes) // max(sizes) + 3, pinned=True)
 
 
 @torch.inference_mode()
 def write_ours(
     ours: Ours, directory: Path, copies: dict[str, torch.Tensor], buffers: HostBuffers | None
-) -> str:
-    """Chooses, packs and writes one shard file, synced and checksummed; returns its SHA-256."""
+) -> list[str]:
+    """Chooses, packs and writes the shard files, synced and checksummed; returns their SHA-256."""
     packing = ours.packer.begin(ours.job.schedules[LAYER], SlotWeights(ours.slot))
     device = ours.ranks.device
     with ShardWriter(directory, threads=WRITE_THREADS) as writer:
-        name = "layer-00000-rank-00000.safetensors"
-        outbox = Outbox(writer, name, packing.work.blocks, copies, buffers, device)
+        blocks, name = packing.work.blocks, "layer-00000-rank-00000"
+        outbox = Outbox(writer, name, blocks, copies, buffers, device, limit=SHARD_BYTES)
         for packed in packing.steps():
             outbox.send(packed)
-        record = outbox.finish().result()
+        records = [file.result() for file in outbox.finish()]
     packing.finish()
-    return record.sha256
+    return [record.sha256 for record in records]

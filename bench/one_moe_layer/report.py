@@ -104,12 +104,12 @@ def _table(result: dict[str, Any]) -> Table:
 def _comparison(found: dict[str, Any]) -> list[str]:
     nvfp4, copied = found["nvfp4"], found["copied"]
     lines = [
-        f"NVFP4: {nvfp4['differing_tensors']} of {nvfp4['tensors']} tensors differ, in "
+        f"NVFP4: {nvfp4['differing_tensors']} of {nvfp4['tensors']} tensors differ, "
+        f"{nvfp4['differing_weight_scale_2']} of them in weight_scale_2, the others in "
         f"{nvfp4['differing_blocks']} of {nvfp4['blocks']} blocks (ours errs less in "
         f"{nvfp4['blocks_where_ours_errs_less']}, theirs in "
-        f"{nvfp4['blocks_where_theirs_errs_less']}); other codes at equal block scales: "
-        f"{nvfp4['blocks_of_equal_scale_with_other_codes']}; weight_scale_2 differs in "
-        f"{nvfp4['differing_weight_scale_2']}"
+        f"{nvfp4['blocks_where_theirs_errs_less']}; equal scale, other codes: "
+        f"{nvfp4['blocks_of_equal_scale_with_other_codes']})"
     ]
     for name, tensor in found["fp8"].items():
         lines.append(

@@ -195,8 +195,7 @@ class ShardFile:
         self._put += 1
         size = nbytes_of(self._layout[name])
         self._writer.add(queued_bytes=size)
-        self._hash_lane.submit(lambda: self._hash_tensor(name, data, wait))
-        self._hash_lane.submit(lambda: self._write_lane.submit(lambda: self._end(size, release)))
+        self._hash_lane.submit(lambda: self._take(name, data, size, wait, release))
 
     def finish(self) -> Future[FileRecord]:
         """All tensors were put; the record follows when the file has its name, durably.
@@ -215,21 +214,31 @@ class ShardFile:
             return
         self._fail(CancelledError(f"{self._path}: given up"))
 
-    def _hash_tensor(self, name: str, data: Writable, wait: Callable[[], None] | None) -> None:
-        if self._error is not None:
-            return
+    def _take(
+        self,
+        name: str,
+        data: Writable,
+        size: int,
+        wait: Callable[[], None] | None,
+        release: Callable[[], None] | None,
+    ) -> None:
+        """One tensor's turn on the hash lane."""
         try:
-            if wait is not None:
-                wait()
-            if isinstance(data, torch.Tensor):
-                size = self._hash_view(as_bytes(data))
-            elif isinstance(data, RawTensor):
-                size = self._hash_view(memoryview(data.data))
-            else:
-                size = self._hash_stream(data)
-            assert self._error is not None or size == nbytes_of(self._layout[name]), name
+            if self._error is None:
+                if wait is not None:
+                    wait()
+                hashed = self._hash(data)
+                assert self._error is not None or hashed == size, name
         except BaseException as error:
             self._fail(error)
+        self._write_lane.submit(lambda: self._end(size, release))
+
+    def _hash(self, data: Writable) -> int:
+        if isinstance(data, torch.Tensor):
+            return self._hash_view(as_bytes(data))
+        if isinstance(data, RawTensor):
+            return self._hash_view(memoryview(data.data))
+        return self._hash_stream(data)
 
     def _hash_view(self, view: memoryview, after: Task | None = None) -> int:
         """Hashes and hands on what stays in memory; returns its size."""

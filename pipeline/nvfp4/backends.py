@@ -61,9 +61,7 @@ class Backend(Protocol):
             out: Contiguous tensors of the result's shapes and dtypes to write into.
         """
 
-    def pack_fp8(
-        self, weight: Tensor, tensor_amax: Tensor, out: Tensor | None = None
-    ) -> PackedFp8:
+    def pack_fp8(self, weight: Tensor, tensor_amax: Tensor, out: Tensor | None = None) -> PackedFp8:
         """Store as E4M3, saturating, and measure; `out`: contiguous codes to write into."""
 
     def fp8_squared_errors(
@@ -117,9 +115,7 @@ class _Reference:
         out.weight_scale_2.copy_(packed.weight_scale_2)
         return out, measured
 
-    def pack_fp8(
-        self, weight: Tensor, tensor_amax: Tensor, out: Tensor | None = None
-    ) -> PackedFp8:
+    def pack_fp8(self, weight: Tensor, tensor_amax: Tensor, out: Tensor | None = None) -> PackedFp8:
         codes, weight_scale = reference.quantize_fp8(weight, tensor_amax)
         error = reference.fp8_squared_errors(weight, tensor_amax, (1.0,))[..., 0]
         if out is not None:
@@ -157,9 +153,7 @@ class _Triton:
             weight, tensor_amax, method, compare_to_max=compare_to_max, out=out
         )
 
-    def pack_fp8(
-        self, weight: Tensor, tensor_amax: Tensor, out: Tensor | None = None
-    ) -> PackedFp8:
+    def pack_fp8(self, weight: Tensor, tensor_amax: Tensor, out: Tensor | None = None) -> PackedFp8:
         _check_device(weight)
         return PackedFp8(*kernels_fp8.pack_fp8(weight, tensor_amax, out))
 

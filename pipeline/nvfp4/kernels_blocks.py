@@ -3,7 +3,11 @@
 
 In: weights [..., N, K], whose matrices lie in memory without gaps; then every block of 16 follows
 the one before it and rows need no attention. Out: matrices [E, N * K], and jit functions on tiles
-[B, 16] of B blocks that give the bits of `reference`.
+of B blocks that give the bits of `reference`.
+
+**Lanes.** The 16 weights of B blocks are a tensor [B, 4, 2, 2]: quarter (Q), half (H) and parity of
+the lane 8 H + 2 Q + parity. So split, one thread holds whole blocks, bf16 arrive in pairs, 16 bytes
+at a time, and the reference's sum in adjacent pairs takes no exchange between threads.
 
 Kernels must be launched with `enable_fp_fusion=False`: a product and a sum fused into one rounding
 are other bits. Where a fused multiply-add is wanted it is written, `tl.fma`.
@@ -12,13 +16,14 @@ are other bits. Where a fused multiply-add is wanted it is written, `tl.fma`.
 no scale and no quotient of interest can then overflow or become subnormal, and two shortcuts below
 are exact. Elsewhere kernels do the reference's operations one by one.
 
-Dims: E matrices, B blocks (of a tile), L the 16 lanes of a block.
+Dims: E matrices, B blocks of a tile; P pairs, Q quarters and H halves within a block.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,32 +36,39 @@ LAUNCH = {"enable_fp_fusion": False}
 E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
 E4M3_MIN = tl.constexpr(formats.E4M3_MIN)
 RECIPROCAL_6 = tl.constexpr(formats.RECIPROCAL_6)
-RECIPROCAL_448 = tl.constexpr(formats.RECIPROCAL_448)
 
-_EXPONENT_MASK = tl.constexpr(0x7F800000)
-# E4M3 has 3 bits below the leading one and is spaced evenly below 2**-6; E2M1 has 1, and 1.0.
-_E4M3_NORMAL = tl.constexpr(2.0**-6)
-_E4M3_SHIFT = tl.constexpr(1.5 * 2.0**20)
-_E2M1_SHIFT = tl.constexpr(1.5 * 2.0**22)
+# Of round_ratio: just above the least normal value, and 2**23 over values per power of two.
+E4M3_LEADING = tl.constexpr(2.0**-6 * (1.0 + 2.0**-19))
+E4M3_FACTOR = tl.constexpr(2.0**20)
+_E2M1_LEADING = tl.constexpr(1.0 + 2.0**-21)
+_E2M1_FACTOR = tl.constexpr(2.0**22)
 # Moves the least normal value of a format onto that of fp32; the code is then fp32's top bits.
 _E4M3_TO_CODE = tl.constexpr(2.0**-120)
 _E4M3_FROM_CODE = tl.constexpr(2.0**120)
 _E2M1_TO_CODE = tl.constexpr(2.0**-126)
-# See _round_to_e2m1.
-_TWO_22 = tl.constexpr(2.0**22)
-_LEAST_LEADING = tl.constexpr(1.0 + 2.0**-21)
+# Of the rounding that the reference does, where an amax is not ordinary.
+_EXPONENT_MASK = tl.constexpr(0x7F800000)
+_E2M1_SHIFT = tl.constexpr(1.5 * 2.0**22)
 _ABOVE_SIX = tl.constexpr(6.5)
 _ORDINARY_MIN = tl.constexpr(2.0**-30)
 _ORDINARY_MAX = tl.constexpr(2.0**60)
 
 
 def as_matrices(weight: Tensor) -> Tensor:
-    """View [..., N, K] as [E, N * K]; matrices that do not lie in one piece are copied first."""
+    """View [..., N, K] as [E, N * K]; matrices that do not lie in one piece are copied first.
+
+    Kernels read 16 bytes at a time: a stack that starts or steps at odd places is copied as well.
+    """
     *leading, n_rows, columns = weight.shape
     stack = weight.detach().reshape(math.prod(leading), n_rows, columns)
     matrices = stack.flatten(1) if stack[:1].is_contiguous() else stack.contiguous().flatten(1)
-    # Kernels read 16 bytes at a time: a stack with odd gaps is closed up.
-    return matrices if matrices.stride(0) % formats.BLOCK_SIZE == 0 else matrices.contiguous()
+    is_aligned = matrices.data_ptr() % 16 == 0 and matrices.stride(0) % formats.BLOCK_SIZE == 0
+    return matrices if is_aligned or matrices.is_contiguous() else matrices.contiguous()
+
+
+def as_words(matrices: Tensor) -> Tensor:
+    """View bf16 matrices as int32, two weights each, which are cheaper to unpack; fp32 as such."""
+    return matrices.view(torch.int32) if matrices.dtype is torch.bfloat16 else matrices
 
 
 @triton.jit
@@ -73,26 +85,69 @@ def stored_amax(amax):
 
 @triton.jit
 def load_lanes(pointer, first, is_block_B, BLOCKS: tl.constexpr):
-    """Load [B, 16] as fp32, a whole block per thread; masked blocks are zeros.
+    """Load BLOCKS blocks from block `first` on as fp32 lanes; masked blocks are zeros.
 
-    A load gives a thread 16 bytes at most, half a block of bf16. Two loads of halves leave both
-    halves in the same thread, so that nothing below needs another thread's lanes.
+    `pointer` is to int32, the bits of two bf16, or to fp32.
     """
-    offset_BH = tl.arange(0, BLOCKS)[:, None] * 16 + tl.arange(0, 8)[None, :]
-    low_BH = tl.load(pointer + first + offset_BH, mask=is_block_B[:, None], other=0.0)
-    high_BH = tl.load(pointer + first + 8 + offset_BH, mask=is_block_B[:, None], other=0.0)
-    lanes_BHL = tl.permute(tl.join(low_BH, high_BH), (0, 2, 1))
-    return tl.reshape(lanes_BHL, (BLOCKS, 16)).to(tl.float32)
+    block_BQ = (first + tl.arange(0, BLOCKS).to(tl.int64))[:, None]
+    quarter_BQ = tl.arange(0, 4)[None, :]
+    mask_BQ = is_block_B[:, None]
+    if pointer.dtype.element_ty == tl.int32:
+        word_BQ = pointer + block_BQ * 8 + quarter_BQ
+        low_BQ = tl.load(word_BQ, mask=mask_BQ, other=0)
+        high_BQ = tl.load(word_BQ + 4, mask=mask_BQ, other=0)
+        words_BQH = tl.join(low_BQ, high_BQ)
+        even_BQH = (words_BQH << 16).to(tl.float32, bitcast=True)
+        odd_BQH = (words_BQH & -65536).to(tl.float32, bitcast=True)
+    else:
+        lane_BQ = pointer + block_BQ * 16 + quarter_BQ * 2
+        even_low_BQ = tl.load(lane_BQ, mask=mask_BQ, other=0.0)
+        odd_low_BQ = tl.load(lane_BQ + 1, mask=mask_BQ, other=0.0)
+        even_high_BQ = tl.load(lane_BQ + 8, mask=mask_BQ, other=0.0)
+        odd_high_BQ = tl.load(lane_BQ + 9, mask=mask_BQ, other=0.0)
+        even_BQH = tl.join(even_low_BQ, even_high_BQ)
+        odd_BQH = tl.join(odd_low_BQ, odd_high_BQ)
+    return tl.join(even_BQH, odd_BQH)
 
 
 @triton.jit
-def sum_block(values_BL, BLOCKS: tl.constexpr):
-    """Add 16 lanes in adjacent pairs, as the reference does; [B]."""
-    even, odd = tl.split(tl.reshape(values_BL, (BLOCKS, 8, 2)))
-    even, odd = tl.split(tl.reshape(even + odd, (BLOCKS, 4, 2)))
-    even, odd = tl.split(tl.reshape(even + odd, (BLOCKS, 2, 2)))
-    even, odd = tl.split(even + odd)
-    return even + odd
+def per_lane(values_B):
+    """Make [B] fit the lanes of blocks."""
+    return values_B[:, None, None, None]
+
+
+@triton.jit
+def max_block(lanes, BLOCKS: tl.constexpr):
+    """The largest lane of each block, [B]."""
+    even_BQH, odd_BQH = tl.split(lanes)
+    low_BQ, high_BQ = tl.split(tl.maximum(even_BQH, odd_BQH))
+    even_BP, odd_BP = tl.split(tl.reshape(tl.maximum(low_BQ, high_BQ), (BLOCKS, 2, 2)))
+    even_B, odd_B = tl.split(tl.maximum(even_BP, odd_BP))
+    return tl.maximum(even_B, odd_B)
+
+
+@triton.jit
+def sum_block(lanes, BLOCKS: tl.constexpr):
+    """The sum of the lanes of each block, added in adjacent pairs as the reference does; [B]."""
+    even_BQH, odd_BQH = tl.split(lanes)
+    low_BQ, high_BQ = tl.split(even_BQH + odd_BQH)
+    return _sum_quarters(low_BQ, BLOCKS) + _sum_quarters(high_BQ, BLOCKS)
+
+
+@triton.jit
+def sum_squares(lanes, BLOCKS: tl.constexpr):
+    """The sum of the squares of each block, [B], in an order of its own: for figures only."""
+    even_BQH, odd_BQH = tl.split(lanes)
+    square_BQH = tl.fma(odd_BQH, odd_BQH, even_BQH * even_BQH)
+    low_BQ, high_BQ = tl.split(square_BQH)
+    return _sum_quarters(low_BQ + high_BQ, BLOCKS)
+
+
+@triton.jit
+def _sum_quarters(values_BQ, BLOCKS: tl.constexpr):
+    even_BP, odd_BP = tl.split(tl.reshape(values_BQ, (BLOCKS, 2, 2)))
+    even_B, odd_B = tl.split(even_BP + odd_BP)
+    return even_B + odd_B
 
 
 @triton.jit
@@ -109,28 +164,35 @@ def quotient(numerator, denominator, reciprocal, ORDINARY: tl.constexpr):
     """
     if ORDINARY:
         estimate = numerator * reciprocal
-        remainder = tl.fma(-estimate, denominator, numerator)
+        remainder = tl.fma(estimate, -denominator, numerator)
         return tl.fma(remainder, reciprocal, estimate)
     else:
         return tl.math.div_rn(numerator, denominator)
 
 
 @triton.jit
-def round_to_e4m3(scale):
-    """Clamp to [2**-9, 448] and round to nearest even E4M3; fp32. NaN is not expected."""
-    return round_magnitude_to_e4m3(tl.minimum(tl.maximum(scale, E4M3_MIN), E4M3_MAX))
+def round_ratio(ratio, LEAST_LEADING: tl.constexpr, FACTOR: tl.constexpr):
+    """Round 0 .. 6.5 to nearest even E2M1, or 0 .. 463 to E4M3, in three operations.
+
+    Let q be the ratio and e its exponent, or that of the least normal value if that is more. The
+    format is spaced by u = FACTOR 2**(e-23) around q: FACTOR is 2**22 for E2M1, 2**20 for E4M3.
+    With p = max(q, LEAST_LEADING), FACTOR p is an even multiple of u wherever q is a tie (q has few
+    bits there), and FACTOR p - q lies in [FACTOR 2**e, FACTOR 2**(e+1)), where fp32 is spaced by u:
+    rounding it rounds q to a multiple of u, ties to even. (Only where q is 2**e or barely above it
+    does it fall below; the spacing u / 2 there gives 2**e as well.) LEAST_LEADING is a little above
+    the least normal value, so that this holds for all smaller q. The last line recovers the
+    rounded q without another rounding.
+    """
+    leading = tl.maximum(ratio, LEAST_LEADING)
+    rounded = tl.fma(leading, -FACTOR, ratio)
+    return tl.fma(leading, FACTOR, rounded)
 
 
 @triton.jit
-def round_magnitude_to_e4m3(magnitude):
-    """Round 0 .. 448 to nearest even E4M3; fp32.
-
-    E4M3 keeps multiples of an eighth of the power of two. Adding 1.5 * 2**20 times that power
-    rounds to just that, ties to even.
-    """
-    power = (magnitude.to(tl.int32, bitcast=True) & _EXPONENT_MASK).to(tl.float32, bitcast=True)
-    shift = tl.maximum(power, _E4M3_NORMAL) * _E4M3_SHIFT
-    return (magnitude + shift) - shift
+def round_to_e4m3(scale):
+    """Clamp to [2**-9, 448] and round to nearest even E4M3; fp32. NaN is not expected."""
+    bounded = tl.minimum(tl.maximum(scale, E4M3_MIN), E4M3_MAX)
+    return round_ratio(bounded, E4M3_LEADING, E4M3_FACTOR)
 
 
 @triton.jit
@@ -146,63 +208,57 @@ def e4m3_value(code):
 
 
 @triton.jit
-def divide_and_round(magnitude_BL, scale_B, ORDINARY: tl.constexpr, EXACT: tl.constexpr):
-    """E2M1 values [B, 16] of `magnitude / scale`, as `round_to_e2m1` has them.
+def divide_and_round(magnitude, scale_B, ORDINARY: tl.constexpr, EXACT: tl.constexpr):
+    """E2M1 values of `magnitude / scale`, as the reference's `round_to_e2m1` has them.
 
     Args:
-        magnitude_BL: fp32 >= 0.
+        magnitude: Lanes, fp32 >= 0.
         scale_B: fp32 >= 0.
         ORDINARY: The amax of the matrix is ordinary.
-        EXACT: False lets a quotient within an ulp of a threshold end on either side: for errors
+        EXACT: False lets a quotient within two ulp of a threshold end on either side: for errors
             that are only reported.
     """
     if ORDINARY:
         # 6.5 still rounds to 6; without the limit a huge quotient would become Inf - Inf.
-        bounded_BL = tl.minimum(magnitude_BL, (scale_B * _ABOVE_SIX)[:, None])
-        reciprocal_BL = tl.math.div_rn(1.0, scale_B)[:, None]
+        bounded = tl.minimum(magnitude, per_lane(scale_B * _ABOVE_SIX))
+        reciprocal = per_lane(tl.math.div_rn(1.0, scale_B))
         if EXACT:
-            ratio_BL = quotient(bounded_BL, scale_B[:, None], reciprocal_BL, True)
+            ratio = quotient(bounded, per_lane(scale_B), reciprocal, True)
         else:
-            ratio_BL = bounded_BL * reciprocal_BL
-        return _round_to_e2m1(ratio_BL)
+            ratio = bounded * reciprocal
+        return round_ratio(ratio, _E2M1_LEADING, _E2M1_FACTOR)
     else:
-        ratio_BL = tl.math.div_rn(magnitude_BL, scale_B[:, None])
+        ratio = tl.math.div_rn(magnitude, per_lane(scale_B))
         # 0 / 0, where a scale underflowed, is NaN in the reference too and never wins.
-        ratio_BL = tl.minimum(ratio_BL, 6.0, propagate_nan=tl.PropagateNan.ALL)
-        power_BL = tl.maximum(ratio_BL.to(tl.int32, bitcast=True) & _EXPONENT_MASK, 0x3F800000)
-        shift_BL = power_BL.to(tl.float32, bitcast=True) * _E2M1_SHIFT
-        return (ratio_BL + shift_BL) - shift_BL
+        ratio = tl.minimum(ratio, 6.0, propagate_nan=tl.PropagateNan.ALL)
+        power = tl.maximum(ratio.to(tl.int32, bitcast=True) & _EXPONENT_MASK, 0x3F800000)
+        shift = power.to(tl.float32, bitcast=True) * _E2M1_SHIFT
+        return (ratio + shift) - shift
 
 
 @triton.jit
-def _round_to_e2m1(ratio):
-    """Round 0 .. 6.5 to nearest even E2M1 in three operations, two of them multiply-adds.
-
-    Let q be the ratio, e its exponent (0 below 1) and u = 2**(e-1) the spacing of E2M1 there. With
-    p = max(q, 1 + 2**-21), the exact 2**22 p is an even multiple of u wherever q is a tie, and
-    2**22 p - q lies in [2**(e+22), 2**(e+23)), where fp32 is spaced by u: rounding it rounds q to
-    a multiple of u, ties to even. (Below 2**(e+22) only where q is 2**e or the next fp32 above it;
-    the spacing u/2 there gives 2**e as well.) The second line recovers the rounded q exactly.
-    """
-    leading = tl.maximum(ratio, _LEAST_LEADING)
-    rounded = tl.fma(leading, _TWO_22, -ratio)
-    return tl.fma(leading, _TWO_22, -rounded)
-
-
-@triton.jit
-def squared_error(value_BL, scale_B, magnitude_BL, BLOCKS: tl.constexpr):
+def squared_error(value, scale_B, magnitude, BLOCKS: tl.constexpr):
     """The reference's fp32 error of a candidate, [B], bit for bit."""
-    error_BL = value_BL * scale_B[:, None] - magnitude_BL
-    return sum_block(error_BL * error_BL, BLOCKS)
+    error = value * per_lane(scale_B) - magnitude
+    return sum_block(error * error, BLOCKS)
 
 
 @triton.jit
-def pack_bytes(value_BL, lanes_BL, BLOCKS: tl.constexpr):
-    """Packed codes uint8 [B, 8] of E2M1 values with the signs of the weights.
+def pack_codes(value, lanes, BLOCKS: tl.constexpr):
+    """Packed codes of each block, int64 [B], of E2M1 values with the signs of the weights.
 
     The sign bit is `weight < 0`: adding +0.0 turns -0.0 into +0.0, which has no sign bit.
     """
-    magnitude_BL = (value_BL * _E2M1_TO_CODE).to(tl.int32, bitcast=True) >> 22
-    sign_BL = ((lanes_BL + 0.0).to(tl.int32, bitcast=True) >> 28) & 8
-    low_BH, high_BH = tl.split(tl.reshape(magnitude_BL | sign_BL, (BLOCKS, 8, 2)))
-    return (low_BH | (high_BH << 4)).to(tl.uint8)
+    magnitude = (value * _E2M1_TO_CODE).to(tl.int32, bitcast=True) >> 22
+    sign = ((lanes + 0.0).to(tl.int32, bitcast=True) >> 28) & 8
+    even_BQH, odd_BQH = tl.split(magnitude | sign)
+    low_BQ, high_BQ = tl.split(even_BQH | (odd_BQH << 4))
+    low_B, high_B = _pack_quarters(low_BQ, BLOCKS), _pack_quarters(high_BQ, BLOCKS)
+    return (low_B.to(tl.int64) & 0xFFFFFFFF) | (high_B.to(tl.int64) << 32)
+
+
+@triton.jit
+def _pack_quarters(byte_BQ, BLOCKS: tl.constexpr):
+    even_BP, odd_BP = tl.split(tl.reshape(byte_BQ, (BLOCKS, 2, 2)))
+    even_B, odd_B = tl.split(even_BP | (odd_BP << 8))
+    return even_B | (odd_B << 16)

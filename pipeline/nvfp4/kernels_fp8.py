@@ -16,18 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.nvfp4.kernels_blocks import (
+    E4M3_FACTOR,
+    E4M3_LEADING,
     E4M3_MAX,
     LAUNCH,
-    RECIPROCAL_448,
     as_matrices,
     e4m3_code,
     quotient,
-    round_magnitude_to_e4m3,
+    round_ratio,
 )
 from pipeline.nvfp4.reference import fp8_weight_scale
 from pipeline.nvfp4.rows import check_dtype, check_per_matrix
 
-_EIGHTS = 1024  # per program; eight bf16 are the 16 bytes that a thread reads at once
+_EIGHTS = 512  # per program; eight bf16 are the 16 bytes that a thread reads at once
 _WARPS = 8
 # Weight scales for which no quotient of interest is subnormal and no square over- or underflows.
 _ORDINARY_MIN = tl.constexpr(2.0**-40)
@@ -132,21 +133,23 @@ def _fp8_kernel(
             code_XL = (e4m3_code(value_XL) | sign_XL).to(tl.uint8)
             codes_ptr += matrix.to(tl.int64) * elements
             tl.store(codes_ptr + element_XL, code_XL, mask=is_weight_XL)
+    squares_ptr = sums_ptr + N_SCALES * programs
     if is_ordinary:
-        squares = _sum_squares(magnitude_XL, True)
+        tl.store(squares_ptr, _sum_squares(magnitude_XL, True))
     else:
-        squares = _sum_squares(magnitude_XL, False)
-    tl.store(sums_ptr + N_SCALES * programs, squares)
+        tl.store(squares_ptr, _sum_squares(magnitude_XL, False))
 
 
 @triton.jit
 def _round(magnitude_XL, scale, ORDINARY: tl.constexpr):
     """E4M3 values of `magnitude / scale`, saturating; fp32."""
     if ORDINARY:
-        # 480 still saturates; without the limit a huge quotient would become Inf - Inf.
-        magnitude_XL = tl.minimum(magnitude_XL, 480.0 * scale)
+        # 463 still rounds to 448; without the limit a huge quotient would become Inf - Inf.
+        magnitude_XL = tl.minimum(magnitude_XL, scale * 463.0)
     ratio_XL = quotient(magnitude_XL, scale, tl.math.div_rn(1.0, scale), ORDINARY)
-    return round_magnitude_to_e4m3(tl.minimum(ratio_XL, E4M3_MAX))
+    if not ORDINARY:
+        ratio_XL = tl.minimum(ratio_XL, E4M3_MAX)
+    return round_ratio(ratio_XL, E4M3_LEADING, E4M3_FACTOR)
 
 
 @triton.jit

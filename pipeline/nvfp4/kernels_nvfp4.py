@@ -25,16 +25,20 @@ from pipeline.nvfp4.kernels_blocks import (
     LAUNCH,
     RECIPROCAL_6,
     as_matrices,
+    as_words,
     divide_and_round,
     e4m3_code,
     e4m3_value,
     is_ordinary,
     load_lanes,
-    pack_bytes,
+    max_block,
+    pack_codes,
+    per_lane,
     quotient,
     round_to_e4m3,
     squared_error,
     stored_amax,
+    sum_squares,
 )
 from pipeline.nvfp4.kernels_sweep import sweep_scales
 from pipeline.nvfp4.reference import PackedWeight, weight_scale_2
@@ -98,11 +102,11 @@ def pack_nvfp4(
     compare = compare_to_max and method in SEARCHING_METHODS
     if n_matrices * programs:
         _pack_kernel[(n_matrices * programs,)](
-            matrices,
+            as_words(matrices),
             tensor_amax.contiguous(),
             packed.weight_scale_2,
             weight_scale_2(tensor_amax, WeightMethod.max),
-            packed.codes,
+            packed.codes.view(torch.int64),
             packed.weight_scale.view(torch.uint8),
             sums,
             matrices.stride(0) // BLOCK_SIZE,
@@ -182,11 +186,13 @@ def _pack_kernel(
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Grid: `programs` per matrix. `matrix_stride` counts blocks; sums are fp64 [E, 6, programs]."""
+    """Grid: `programs` per matrix. The stride counts blocks; sums are fp64 [E, 6, programs]."""
     matrix = tl.program_id(0) // programs
     part = tl.program_id(0) % programs
-    weight_ptr += matrix.to(tl.int64) * matrix_stride * 16
-    codes_ptr += matrix.to(tl.int64) * blocks_per_matrix * 8
+    # bf16 come as int32 pairs, 8 to a block.
+    PER_BLOCK: tl.constexpr = 8 if weight_ptr.dtype.element_ty == tl.int32 else 16
+    weight_ptr += matrix.to(tl.int64) * matrix_stride * PER_BLOCK
+    codes_ptr += matrix.to(tl.int64) * blocks_per_matrix
     scales_ptr += matrix.to(tl.int64) * blocks_per_matrix
     sums_ptr += matrix.to(tl.int64) * programs * _SUMS + part
     amax = stored_amax(tl.load(amax_ptr + matrix))
@@ -232,27 +238,25 @@ def _pack_tiles(
     m4_B = tl.zeros((BLOCKS,), tl.int32)
     flushed_B = tl.zeros((BLOCKS,), tl.int32)
     for tile in range(n_tiles):
-        block = (first + tile * BLOCKS).to(tl.int64)
+        block = first + tile * BLOCKS
         block_B = block + tl.arange(0, BLOCKS)
         is_block_B = block_B < blocks_per_matrix
-        lanes_BL = load_lanes(weight_ptr, block * 16, is_block_B, BLOCKS)
-        magnitude_BL = tl.abs(lanes_BL)
-        amax_B = tl.max(magnitude_BL, axis=1)
-        chosen_B, value_BL, fp32_error_B, is_m4_B = _choose(
-            magnitude_BL, amax_B, amax, tensor_scale, METHOD, ORDINARY, BLOCKS
+        lanes = load_lanes(weight_ptr, block, is_block_B, BLOCKS)
+        magnitude = tl.abs(lanes)
+        amax_B = max_block(magnitude, BLOCKS)
+        chosen_B, value, fp32_error_B, is_m4_B = _choose(
+            magnitude, amax_B, amax, tensor_scale, METHOD, ORDINARY, BLOCKS
         )
         scale_B = chosen_B * tensor_scale
-        codes_BH = pack_bytes(value_BL, lanes_BL, BLOCKS)
-        byte_BH = block_B[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(codes_ptr + byte_BH, codes_BH, mask=is_block_B[:, None])
+        tl.store(codes_ptr + block_B, pack_codes(value, lanes, BLOCKS), mask=is_block_B)
         tl.store(scales_ptr + block_B, e4m3_code(chosen_B).to(tl.uint8), mask=is_block_B)
         if ORDINARY:
             error_B += fp32_error_B.to(tl.float64)
         else:
-            error_B += _wide_error(value_BL, scale_B, magnitude_BL)
-        weight_B += _sum_squares(magnitude_BL, ORDINARY)
+            error_B += _wide_error(value, scale_B, magnitude, BLOCKS)
+        weight_B += _squares(magnitude, ORDINARY, BLOCKS)
         if COMPARE:
-            of_max_B += _error_of_max(magnitude_BL, amax_B, amax, scale_of_max, ORDINARY)
+            of_max_B += _error_of_max(magnitude, amax_B, amax, scale_of_max, ORDINARY, BLOCKS)
         zero_B += ((amax_B == 0) & is_block_B).to(tl.int32)
         flushed_B += ((chosen_B < _HOPPER_FLUSH_BELOW) & (amax_B > 0)).to(tl.int32)
         if METHOD == _FOUR_OVER_SIX:
@@ -267,7 +271,7 @@ def _pack_tiles(
 
 @triton.jit
 def _choose(
-    magnitude_BL,
+    magnitude,
     amax_B,
     amax,
     tensor_scale,
@@ -275,11 +279,11 @@ def _choose(
     ORDINARY: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Block scales [B], E2M1 values [B, L], fp32 errors [B] and whether on four won [B]."""
+    """Block scales [B], E2M1 values (lanes), fp32 errors [B] and whether on four won [B]."""
     is_m4_B = amax_B < 0
     if METHOD == _MSE:
-        chosen_B, error_B = sweep_scales(magnitude_BL, amax_B, tensor_scale, ORDINARY, BLOCKS)
-        value_BL = divide_and_round(magnitude_BL, chosen_B * tensor_scale, ORDINARY, True)
+        chosen_B, error_B = sweep_scales(magnitude, amax_B, tensor_scale, ORDINARY, BLOCKS)
+        value = divide_and_round(magnitude, chosen_B * tensor_scale, ORDINARY, True)
     else:
         if METHOD == _MAX_DYNAMIC:
             chosen_B = _scale_of_dynamic(amax_B, tensor_scale)
@@ -288,22 +292,22 @@ def _choose(
         else:
             chosen_B = _scale_on_six(amax_B, 1.0, amax, _E4M3_MAX, ORDINARY)
         scale_B = chosen_B * tensor_scale
-        value_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, True)
-        error_B = squared_error(value_BL, scale_B, magnitude_BL, BLOCKS)
+        value = divide_and_round(magnitude, scale_B, ORDINARY, True)
+        error_B = squared_error(value, scale_B, magnitude, BLOCKS)
         if METHOD == _FOUR_OVER_SIX:
             four_B = _scale_on_six(amax_B, _MULTIPLIER, amax, _FOUR_OVER_SIX_MAX, ORDINARY)
             scale_B = four_B * tensor_scale
-            on_four_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, True)
-            error_on_four_B = squared_error(on_four_BL, scale_B, magnitude_BL, BLOCKS)
+            on_four = divide_and_round(magnitude, scale_B, ORDINARY, True)
+            error_on_four_B = squared_error(on_four, scale_B, magnitude, BLOCKS)
             # Strictly less, so the scales differ: such a block did land on another value.
             is_m4_B = error_on_four_B < error_B
             chosen_B = tl.where(is_m4_B, four_B, chosen_B)
-            value_BL = tl.where(is_m4_B[:, None], on_four_BL, value_BL)
+            value = tl.where(per_lane(is_m4_B), on_four, value)
             error_B = tl.where(is_m4_B, error_on_four_B, error_B)
     if not ORDINARY:
         # A scale that underflowed to zero gives magnitude 0.
-        value_BL = tl.where((chosen_B * tensor_scale > 0)[:, None], value_BL, 0.0)
-    return chosen_B, value_BL, error_B, is_m4_B
+        value = tl.where(per_lane(chosen_B * tensor_scale > 0), value, 0.0)
+    return chosen_B, value, error_B, is_m4_B
 
 
 @triton.jit
@@ -328,34 +332,34 @@ def _scale_of_dynamic(amax_B, tensor_scale):
 
 
 @triton.jit
-def _error_of_max(magnitude_BL, amax_B, amax, tensor_scale, ORDINARY: tl.constexpr):
+def _error_of_max(
+    magnitude, amax_B, amax, tensor_scale, ORDINARY: tl.constexpr, BLOCKS: tl.constexpr
+):
     """Squared errors that method `max` would have, fp64 [B]."""
     scale_B = _scale_on_six(amax_B, 1.0, amax, _E4M3_MAX, ORDINARY) * tensor_scale
-    value_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, False)
+    value = divide_and_round(magnitude, scale_B, ORDINARY, False)
     if ORDINARY:
-        error_BL = value_BL * scale_B[:, None] - magnitude_BL
-        return tl.sum(error_BL * error_BL, axis=1).to(tl.float64)
+        error = value * per_lane(scale_B) - magnitude
+        return sum_squares(error, BLOCKS).to(tl.float64)
     else:
-        value_BL = tl.where((scale_B > 0)[:, None], value_BL, 0.0)
-        return _wide_error(value_BL, scale_B, magnitude_BL)
+        value = tl.where(per_lane(scale_B > 0), value, 0.0)
+        return _wide_error(value, scale_B, magnitude, BLOCKS)
 
 
 @triton.jit
-def _sum_squares(magnitude_BL, ORDINARY: tl.constexpr):
+def _squares(magnitude, ORDINARY: tl.constexpr, BLOCKS: tl.constexpr):
     """Sums of squares, fp64 [B]; in fp64 throughout where fp32 could over- or underflow."""
     if ORDINARY:
-        return tl.sum(magnitude_BL * magnitude_BL, axis=1).to(tl.float64)
+        return sum_squares(magnitude, BLOCKS).to(tl.float64)
     else:
-        wide_BL = magnitude_BL.to(tl.float64)
-        return tl.sum(wide_BL * wide_BL, axis=1)
+        return sum_squares(magnitude.to(tl.float64), BLOCKS)
 
 
 @triton.jit
-def _wide_error(value_BL, scale_B, magnitude_BL):
+def _wide_error(value, scale_B, magnitude, BLOCKS: tl.constexpr):
     """Squared errors of the dequantized fp32 weights, in fp64 throughout, [B]."""
-    stored_BL = (value_BL * scale_B[:, None]).to(tl.float64)
-    error_BL = stored_BL - magnitude_BL.to(tl.float64)
-    return tl.sum(error_BL * error_BL, axis=1)
+    stored = (value * per_lane(scale_B)).to(tl.float64)
+    return sum_squares(stored - magnitude.to(tl.float64), BLOCKS)
 
 
 @triton.jit(do_not_specialize=["blocks_per_matrix", "programs"])
@@ -380,10 +384,10 @@ def _dequantize_kernel(
     scale_B = e4m3_value(tl.load(scales_ptr + block_B, mask=is_block_B).to(tl.int32))
     scale_B *= tl.load(tensor_scale_ptr + matrix)
     # The codes of E2M1 are the top bits of fp32 values 2**126 times smaller. Code 8 is +0.0.
-    magnitude_BL = ((code_BL & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
-    value_BL = tl.where(code_BL > 8, -magnitude_BL, magnitude_BL) * scale_B[:, None]
+    magnitude = ((code_BL & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
+    value = tl.where(code_BL > 8, -magnitude, magnitude) * scale_B[:, None]
     tl.store(
         weight_ptr + block_B[:, None] * 16 + tl.arange(0, 16)[None, :],
-        value_BL.to(weight_ptr.dtype.element_ty),
+        value.to(weight_ptr.dtype.element_ty),
         mask=is_block_B[:, None],
     )

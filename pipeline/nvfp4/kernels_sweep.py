@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """The sweep over all 126 E4M3 block scales, trying only those that could win.
 
-In: magnitudes [B, 16] of B blocks and the scale of their tensor. Out: the scale that the
+In: the magnitudes of B blocks (lanes) and the scale of their tensor. Out: the scale that the
 reference's loop over all candidates ends with: least fp32 error, the lowest value on a tie.
 
 Let s be the fp32 scale of a candidate, a the block's amax, and `bound` the error of any one
@@ -31,8 +31,10 @@ from pipeline.nvfp4.kernels_blocks import (
     divide_and_round,
     e4m3_code,
     e4m3_value,
+    per_lane,
     round_to_e4m3,
     squared_error,
+    sum_squares,
 )
 
 _CANDIDATES = tl.constexpr(126)
@@ -44,14 +46,12 @@ _REACH = tl.constexpr(31)  # the sum of the steps 16, 8, 4, 2 and 1
 
 
 @triton.jit
-def sweep_scales(
-    magnitude_BL, amax_B, tensor_scale, ORDINARY: tl.constexpr, BLOCKS: tl.constexpr
-):
+def sweep_scales(magnitude, amax_B, tensor_scale, ORDINARY: tl.constexpr, BLOCKS: tl.constexpr):
     """Return the block scales (fp32 holding E4M3, [B]) and their errors, fp32 [B]."""
     best_error_B = tl.full((BLOCKS,), float("inf"), tl.float32)
     best_code_B = tl.full((BLOCKS,), 1, tl.int32)
     if ORDINARY:
-        first_B, last_B = _candidate_range(magnitude_BL, amax_B, tensor_scale, BLOCKS)
+        first_B, last_B = _candidate_range(magnitude, amax_B, tensor_scale, BLOCKS)
         n_candidates = tl.max(last_B - first_B, axis=0) + 1
     else:
         first_B = best_code_B
@@ -59,8 +59,8 @@ def sweep_scales(
     for step in range(n_candidates):
         code_B = tl.minimum(first_B + step, _CANDIDATES)
         scale_B = e4m3_value(code_B) * tensor_scale
-        value_BL = divide_and_round(magnitude_BL, scale_B, ORDINARY, True)
-        error_B = squared_error(value_BL, scale_B, magnitude_BL, BLOCKS)
+        value = divide_and_round(magnitude, scale_B, ORDINARY, True)
+        error_B = squared_error(value, scale_B, magnitude, BLOCKS)
         wins_B = error_B < best_error_B
         best_error_B = tl.where(wins_B, error_B, best_error_B)
         best_code_B = tl.where(wins_B, code_B, best_code_B)
@@ -68,13 +68,13 @@ def sweep_scales(
 
 
 @triton.jit
-def _candidate_range(magnitude_BL, amax_B, tensor_scale, BLOCKS: tl.constexpr):
+def _candidate_range(magnitude, amax_B, tensor_scale, BLOCKS: tl.constexpr):
     """The lowest and the highest byte that each block must try, int32 [B]."""
     per_scale = tl.math.div_rn(1.0, tensor_scale)
     on_six_B = round_to_e4m3(amax_B * per_scale * RECIPROCAL_6)
     scale_B = on_six_B * tensor_scale
-    value_BL = divide_and_round(magnitude_BL, scale_B, True, True)
-    error_B = squared_error(value_BL, scale_B, magnitude_BL, BLOCKS)
+    value = divide_and_round(magnitude, scale_B, True, True)
+    error_B = squared_error(value, scale_B, magnitude, BLOCKS)
     bound_B = error_B * _MARGIN + _SLACK
     # Rounding down to E4M3 is cutting bits off.
     least_B = (amax_B - tl.sqrt(bound_B) * _MARGIN) * per_scale * RECIPROCAL_6 * _LESS
@@ -84,7 +84,7 @@ def _candidate_range(magnitude_BL, amax_B, tensor_scale, BLOCKS: tl.constexpr):
     for halving in tl.static_range(_STEPS):
         probe_B = reach_B + (16 >> halving)
         probed_B = e4m3_value(tl.minimum(on_six_code_B + probe_B, _CANDIDATES)) * tensor_scale
-        is_open_B = _least_error_from(magnitude_BL, probed_B) <= bound_B
+        is_open_B = _least_error_from(magnitude, probed_B, BLOCKS) <= bound_B
         reach_B = tl.where(is_open_B, probe_B, reach_B)
     last_B = tl.where(reach_B == _REACH, _CANDIDATES, on_six_code_B + reach_B)
     zeros_B = e4m3_code(tl.minimum(amax_B * per_scale * 4.0 * _MARGIN, 448.0)) + 1
@@ -93,8 +93,7 @@ def _candidate_range(magnitude_BL, amax_B, tensor_scale, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _least_error_from(magnitude_BL, scale_B):
+def _least_error_from(magnitude, scale_B, BLOCKS: tl.constexpr):
     """What every candidate from this scale on errs at least, but for rounding; fp32 [B]."""
-    distance_BL = tl.minimum(magnitude_BL, (0.5 * scale_B)[:, None] - magnitude_BL)
-    distance_BL = tl.maximum(distance_BL, 0.0)
-    return tl.sum(distance_BL * distance_BL, axis=1)
+    distance = tl.minimum(magnitude, per_lane(scale_B * 0.5) - magnitude)
+    return sum_squares(tl.maximum(distance, 0.0), BLOCKS)

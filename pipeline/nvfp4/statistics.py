@@ -88,9 +88,9 @@ def measure_statistics(
     blocks_R = torch.full_like(zero_R, weight.shape[-1] // BLOCK_SIZE)
     columns_R = (error_R, weight_R, blocks_R, zero_R, m4_R, flushed_R)
     sums = [values.view(weight.shape[:-1]).sum(-1) for values in columns_R]
-    if compare_to_max and method in SEARCHING_METHODS:
-        return WeightStatistics(*sums, squared_error_of_max(weight, tensor_amax))
-    return WeightStatistics(*sums, sums[0])
+    is_compared = compare_to_max and method in SEARCHING_METHODS
+    sums.append(squared_error_of_max(weight, tensor_amax) if is_compared else sums[0])
+    return WeightStatistics(*sums)
 
 
 def squared_error_of_max(weight: Tensor, tensor_amax: Tensor) -> Tensor:

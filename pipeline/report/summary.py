@@ -126,6 +126,8 @@ def has_passed(report: RunReport) -> bool | None:
 def verdict(report: RunReport) -> str:
     """Say in one sentence what came out, whether it passed, how big it is and what it cost."""
     passed = {True: "Passed the audit", False: "FAILED the audit", None: "Not audited"}
+    if "rehearsal" in report.audit:
+        passed[None] = passed[True] = "Rehearsed, nothing written"
     total = summarize(all_kinds(report), "total")
     parts = [
         f"{passed[has_passed(report)]}: {format_bytes(report.bf16_bytes)} of BF16 became "

@@ -67,7 +67,7 @@ def test_activations_that_are_not_finite_are_refused_before_anything_is_recorded
     tmp_path: Path,
 ) -> None:
     commits, journal = make(tmp_path)
-    with pytest.raises(NumericsError, match="layer 1: input activations of experts.up_proj"):
+    with pytest.raises(NumericsError, match=r"layer 1: input activations of experts\.up_proj"):
         commits.add(visited(1, experts_up_proj=float("nan")))
     assert list(journal.directory.glob("layer-*")) == []
 
@@ -75,9 +75,9 @@ def test_activations_that_are_not_finite_are_refused_before_anything_is_recorded
 def test_a_file_that_could_not_be_written_ends_the_run(tmp_path: Path) -> None:
     commits, journal = make(tmp_path)
     run = visited(0)
-    run.file = Future()
-    error = OutputError("x", value="full", rule="r", remedy="m")
-    run.file.set_exception(error)
+    file: Future[FileRecord] = Future()
+    file.set_exception(OutputError("x", value="full", rule="r", remedy="m"))
+    run.files = [file]
     with pytest.raises(OutputError):
         commits.add(run)
     assert journal.committed(0) is None
@@ -90,7 +90,7 @@ def test_files_may_be_late_on_a_device(tmp_path: Path) -> None:
     files: list[Future[FileRecord]] = [Future() for _ in range(3)]
     for layer in (0, 1):
         run = visited(layer)
-        run.file = files[layer]
+        run.files = [files[layer]]
         commits.add(run)
         commits.settle()
         assert journal.committed(layer) is None
@@ -98,7 +98,7 @@ def test_files_may_be_late_on_a_device(tmp_path: Path) -> None:
     for file in files:
         file.set_result(FileRecord("a", 2, "0" * 64, {}))
     run = visited(2)
-    run.file = files[2]
+    run.files = [files[2]]
     commits.add(run)
     commits.settle()
     assert journal.committed(0) is not None

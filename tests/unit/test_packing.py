@@ -88,19 +88,14 @@ def shard(spec: TensorSpec, held: Shard, tensor: torch.Tensor) -> torch.Tensor:
 def buffers(layer: int, first: int, mine: Tensors, dims: ParallelDims, rank: int) -> Buffers:
     """What the sweep loads without a forward pass, from these shards."""
     loaded = Buffers(first, CPU)
-    specs = [SPECS[name] for name in mine]
-    loaded.expect_experts(
-        {
-            projection: [
-                s.expert for s in specs if s.is_routed_expert and s.module.endswith(projection)
-            ]
-            for projection in ("up_proj", "down_proj")
-        }
-    )
-    loaded.begin_fill(layer)
-    for spec in specs:
-        held = shard_of(spec, ARCHITECTURE, dims, rank)
+    coming = []
+    for name in mine:
+        held = shard_of(SPECS[name], ARCHITECTURE, dims, rank)
         assert held is not None
+        coming.append((SPECS[name], held))
+    loaded.expect(coming)
+    loaded.begin_fill(layer)
+    for spec, held in coming:
         loaded.load(spec, held, mine[spec.name])
     loaded.end_fill()
     return loaded

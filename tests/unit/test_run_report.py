@@ -30,7 +30,7 @@ Records = dict[int | str, LayerRecord]
 
 @dataclasses.dataclass
 class FakeSource:
-    directory: Path = Path("/models/tiny")
+    location: str = "/models/tiny"
 
 
 def job_of(recipe: str = "nvfp4_four_over_six") -> Job:

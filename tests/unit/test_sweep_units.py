@@ -12,6 +12,7 @@ from pipeline.architecture import Architecture, Role
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.source import open_source
 from pipeline.checkpoint.source_check import check_source
+from pipeline.commits import ScalarSettings, coverage
 from pipeline.errors import SourceError
 from pipeline.job import Job, build_job, estimate_stored
 from pipeline.packing import LayerPacker
@@ -21,7 +22,6 @@ from pipeline.runtime.collectives import Ranks
 from pipeline.runtime.progress import Progress
 from pipeline.schedule import split_by_size
 from pipeline.sharding import ParallelDims
-from pipeline.commits import ScalarSettings, coverage
 from pipeline.sweep import OUTER, SCALARS, Sweep, SweepSettings
 from tests.unit.checkpoint.tiny import tiny_config, tiny_tensors, write_source
 

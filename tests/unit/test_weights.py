@@ -24,23 +24,29 @@ class FakeSlot:
         return (self.stack if projection == "up_proj" else self.stack.mT), 6
 
 
-def load(buffers: Buffers, name: str, role: Role, tensor: torch.Tensor) -> None:
-    spec = TensorSpec(name, tuple(tensor.shape), role, 5)
-    whole = Shard(0, ((0, tensor.shape[0]),), tuple(tensor.shape), True)
-    buffers.load(spec, whole, tensor)
-
-
-def filled(chosen: list[int], layer: int = 5) -> Buffers:
-    buffers, slot = Buffers(6, CPU), FakeSlot()
-    buffers.expect_experts(dict.fromkeys(("up_proj", "down_proj"), [6 + e for e in chosen]))
+def fill(buffers: Buffers, layer: int, tensors: dict[str, torch.Tensor]) -> Buffers:
+    """Loads tensors by name, in the order given backwards: any order will do."""
+    coming = []
+    for name, tensor in tensors.items():
+        role = Role.routed_expert if ".experts." in name else Role.mamba_in
+        shape = tuple(tensor.shape)
+        coming.append((TensorSpec(name, shape, role, layer), Shard(-1, (), shape)))
+    buffers.expect(coming)
     buffers.begin_fill(layer)
-    for projection in ("up_proj", "down_proj"):
-        for expert in reversed(chosen):
-            name = f"{PREFIX}.experts.{6 + expert}.{projection}.weight"
-            load(buffers, name, Role.routed_expert, slot.experts(projection)[0][expert])
-    load(buffers, f"{PREFIX}.in_proj.weight", Role.mamba_in, torch.ones(2, 2))
+    for spec, shard in reversed(coming):
+        buffers.load(spec, shard, tensors[spec.name])
     buffers.end_fill()
     return buffers
+
+
+def filled(chosen: list[int]) -> Buffers:
+    slot = FakeSlot()
+    tensors = {
+        f"{PREFIX}.experts.{6 + expert}.{projection}.weight": slot.experts(projection)[0][expert]
+        for projection in ("up_proj", "down_proj")
+        for expert in chosen
+    }
+    return fill(Buffers(6, CPU), 5, tensors | {f"{PREFIX}.in_proj.weight": torch.ones(2, 2)})
 
 
 def test_both_sources_agree() -> None:
@@ -57,12 +63,12 @@ def test_both_sources_agree() -> None:
 def test_buffers_are_refilled_in_place_with_other_experts() -> None:
     buffers = filled([0, 2])
     before = buffers.experts("up_proj", [0]).data_ptr()
-    buffers.expect_experts({"up_proj": [7, 8]})
-    buffers.begin_fill(7)
-    for expert in (7, 8):
-        name = f"backbone.layers.7.mixer.experts.{expert}.up_proj.weight"
-        load(buffers, name, Role.routed_expert, torch.full((2, 4), float(expert)))
-    buffers.end_fill()
+    prefix = "backbone.layers.7.mixer.experts"
+    fill(
+        buffers,
+        7,
+        {f"{prefix}.{e}.up_proj.weight": torch.full((2, 4), float(e)) for e in (7, 8)},
+    )
     stack = buffers.experts("up_proj", [1, 2])
     assert stack[:, 0, 0].tolist() == [7.0, 8.0]
     assert stack.data_ptr() == before

@@ -63,7 +63,7 @@ def combine(
     """
     if rows.is_cuda:
         return _combine_on_gpu(rows, position_TK, probs_TK, dtype)
-    total = torch.zeros(position_TK.shape[0], rows.shape[1], dtype=torch.float32)
+    total = rows.new_zeros(position_TK.shape[0], rows.shape[1], dtype=torch.float32)
     for position_T, prob_T in zip(position_TK.unbind(1), probs_TK.unbind(1), strict=True):
         has_row_T = position_T >= 0
         chosen = rows[position_T[has_row_T].long()].float()

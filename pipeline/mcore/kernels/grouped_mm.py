@@ -26,7 +26,7 @@ _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64
 _WARPS, _STAGES = 8, 3
 # Programs that run at the same time share rows of this many tiles, and weights, in the L2 cache.
 _TILES_IN_TURN = 16
-_TILE_FIELDS = 5
+_TILE_FIELDS = tl.constexpr(5)
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -135,7 +135,6 @@ def _multiply_on_gpu(
         groups.tile_count,
         width,
         DEPTH=depth,
-        FIELDS=_TILE_FIELDS,
         IN_TURN=_TILES_IN_TURN,
         SQUARES_RELU=squares_relu,
         HAS_AMAX=amax is not None,
@@ -154,7 +153,6 @@ def _place_of(
     tile,
     tiles_ptr,
     column_tiles,
-    FIELDS: tl.constexpr,
     IN_TURN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,7 +162,7 @@ def _place_of(
     The tiles of one expert follow each other, rows first, at most IN_TURN of them; an expert with m
     tiles of rows has m * column_tiles, so that entry `tile // column_tiles` is one of its own.
     """
-    entry = tiles_ptr + (tile // column_tiles) * FIELDS
+    entry = tiles_ptr + (tile // column_tiles) * _TILE_FIELDS
     expert = tl.load(entry)
     tiles_before = tl.load(entry + 1)
     row_tiles = tl.load(entry + 2)
@@ -188,7 +186,6 @@ def _grouped_mm_kernel(
     tile_count_ptr,
     width,
     DEPTH: tl.constexpr,
-    FIELDS: tl.constexpr,
     IN_TURN: tl.constexpr,
     SQUARES_RELU: tl.constexpr,
     HAS_AMAX: tl.constexpr,
@@ -205,7 +202,7 @@ def _grouped_mm_kernel(
     # Flattened, the loads of the next tile are under way while this one is stored.
     for tile in tl.range(tl.program_id(0), tile_count, programs, flatten=True):
         expert, row, end, column = _place_of(
-            tile, tiles_ptr, column_tiles, FIELDS, IN_TURN, BLOCK_M, BLOCK_N
+            tile, tiles_ptr, column_tiles, IN_TURN, BLOCK_M, BLOCK_N
         )
         # Rows and columns beyond this expert's are another one's: computed, and not stored.
         product_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -215,9 +212,7 @@ def _grouped_mm_kernel(
             product_MN = tl.dot(rows_MK, weight_NK.T, product_MN)
         # The same place again: carrying it through the flattened loop would take registers.
         stored += programs
-        _, row, end, column = _place_of(
-            stored, tiles_ptr, column_tiles, FIELDS, IN_TURN, BLOCK_M, BLOCK_N
-        )
+        _, row, end, column = _place_of(stored, tiles_ptr, column_tiles, IN_TURN, BLOCK_M, BLOCK_N)
         at_row = row + tl.arange(0, BLOCK_M)
         at_column = column + tl.arange(0, BLOCK_N)
         if SQUARES_RELU:

@@ -166,7 +166,9 @@ def _logits_kernel(
         sum_TE = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         for part in tl.static_range(PARTS - 1, -1, -1):  # the smallest first
             part_EH = parts_desc.load([part * EXPERTS + first_expert, step * BLOCK_H])
-            sum_TE = tl.dot(tokens_TH, part_EH.T, sum_TE)
+            # The limit says nothing new (BLOCK_H terms are all there are), but without one Triton
+            # would let a single part's product add to the total itself: with truncation.
+            sum_TE = tl.dot(tokens_TH, part_EH.T, sum_TE, max_num_imprecise_acc=BLOCK_H)
         total_TE += sum_TE
     token = first_token + tl.arange(0, BLOCK_T)
     expert = first_expert + tl.arange(0, BLOCK_E)

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.memory import MemoryPlan
 from pipeline.plan import GroupPlan, Plan
 from pipeline.plan_ranks import RankPlan
 from pipeline.report.plan_table import print_json, print_plan
+
+MEMORY = MemoryPlan(8, False, 21 * 10**9, 34 * 10**9, 12 * 10**9, 10**9, (1, 1), 30 * 10**9)
 
 
 def plan_with(**changes: Any) -> Plan:
@@ -39,7 +42,8 @@ def plan_with(**changes: Any) -> Plan:
             GroupPlan("norm", "bf16", "", "", 0, 1, 8_192, 16_384, 16_384),
             GroupPlan("bias", "bf16", "", "", 1, 3, 12, 24, 24),
         ],
-        "per_rank": [RankPlan(0, 21.5, 0.25, 17.2, 1121.0, 352.3)],
+        "per_rank": [RankPlan(0, 21.5, 0.25, 1121.0, 352.3)],
+        "memory": MEMORY,
         "unmatched_patterns": ["*vision*"],
         "notes": ["K is narrow"],
         "refusals": [],
@@ -66,7 +70,7 @@ def test_sizes_first_then_everything_else() -> None:
         "routed expert nvfp4 4-over-6 nvfp4 48 49,152 515.4 B 1,031 GB 289.9 GB",
         "norm bf16 1 8.2 k 16.4 kB 16.4 kB",
         "bias bf16 1 3 12 24 B 24 B",
-        "0 21.5 0.2500 17.2 1,121.0 352.3",
+        "0 21.5 0.2500 1,121.0 352.3",
         "note patterns of the recipe that match nothing in this model: '*vision*'",
         "note K is narrow",
     ):
@@ -82,7 +86,7 @@ def test_markup_in_names_is_printed_as_it_is() -> None:
 
 @pytest.mark.parametrize(("ranks", "shown"), [(8, 8), (9, 8), (64, 8)])
 def test_many_ranks_are_cut_short(ranks: int, shown: int) -> None:
-    rows = [RankPlan(rank, 1.0, 1.0, 1.0, 1.0, 1.0) for rank in range(ranks)]
+    rows = [RankPlan(rank, 1.0, 1.0, 1.0, 1.0) for rank in range(ranks)]
     text = render(plan_with(per_rank=rows))
     assert text.count("1.0    ") >= shown
     assert ("..." in text) == (ranks > shown)
