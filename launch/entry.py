@@ -42,6 +42,8 @@ def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
         job: Name of its file in conf/job/.
         action: Takes the composed options; returns the exit status.
     """
+    # Segments of device memory that grow: layers of different kinds then share what is cached.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     register_schemas(CONF_DIR)
     composed_well = False
 

@@ -105,8 +105,10 @@ class LayerWork:
     def blocks(self) -> list[Block]:
         """Everything this rank writes, in file order."""
         blocks = [self.scalars] if self.scalars.names else []
-        for work in (*self.dense, *self.chunks):
-            blocks += work.blocks
+        for dense in self.dense:
+            blocks += dense.blocks
+        for chunk in self.chunks:
+            blocks += chunk.blocks
         return blocks
 
 

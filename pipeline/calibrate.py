@@ -67,20 +67,15 @@ def calibrate(
             if journal.start(fingerprint(config, prepared, tokens)):
                 logger.info("going on with the unfinished run in %s", prepared.work.root)
         barrier(ranks.world)
-        prepared_at = time.monotonic()
-        _sweep(config, prepared, journal, ranks, groups, tokens)
+        phases = {"prepare": time.monotonic() - clock}
+        _sweep(config, prepared, journal, ranks, groups, tokens, phases)
         if place.rank != 0:
             return None
         if forward:
             # The loss of made-up weights says nothing.
             _check_loss(journal, allow_bad_loss=config.allow_bad_loss or config.is_synthetic)
         publish = publish_rehearsal if config.discards_output else publish_run
-        return publish(
-            prepared,
-            journal,
-            resolved_config=resolved_config,
-            phases={"prepare": prepared_at - clock, "sweep": time.monotonic() - prepared_at},
-        )
+        return publish(prepared, journal, resolved_config=resolved_config, phases=phases)
 
 
 def _sweep(
@@ -90,15 +85,20 @@ def _sweep(
     ranks: Ranks,
     groups: Any,
     tokens: torch.Tensor | None,
+    phases: dict[str, float],
 ) -> None:
     """Visits every layer and measures the loss; metrics.jsonl grows meanwhile."""
+    clock = time.monotonic()
     sweep = _make_sweep(config, prepared, journal, ranks, groups, tokens)
+    phases["set up"], clock = time.monotonic() - clock, time.monotonic()
     with MetricsWriter(prepared.work.metrics) if ranks.rank == 0 else nullcontext() as metrics:
         sweep.progress.record = None if metrics is None else metrics.write
         sweep.run()
+        phases["sweep"], clock = time.monotonic() - clock, time.monotonic()
         if tokens is not None:
             sweep.measure_loss(config.calibration.loss_sequences)
     barrier(ranks.world)
+    phases["loss"] = time.monotonic() - clock
 
 
 def _check_loss(journal: Journal, *, allow_bad_loss: bool) -> None:

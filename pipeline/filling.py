@@ -32,7 +32,9 @@ Request = tuple[TensorSpec, str, Shard]
 class Feed(Protocol):
     """Where weights come from."""
 
-    bytes_read: int
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far; made-up weights count nothing."""
 
     def fill(self, target: Loadable, requests: Sequence[Request]) -> None:
         """Loads one layer's tensors, on the current stream; layers come in order."""
@@ -119,7 +121,9 @@ class SlotFiller:
         self._slots, self._feed, self._device = slots, feed, device
         self._lane = Lane(device)
         self._lock = threading.Condition()
-        self._free: dict[LayerType, list[Mark] | None] = {kind: [] for kind in slots}
+        # What the slots' memory was used for before must have ended, too.
+        made = Mark(device)
+        self._free: dict[LayerType, list[Mark] | None] = {kind: [made] for kind in slots}
         self._filled: list[Future[Mark]] = [Future() for _ in visited]
         self._taken, self._stopped = 0, False
         self._thread = threading.Thread(target=self._run, name="fill", daemon=True)

@@ -137,7 +137,7 @@ class _Staging:
         dtype = batches[0].hidden.dtype
         self._buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(2)]
         self._left: list[Mark | None] = [None for _ in batches]
-        self._emptied: list[Mark | None] = [None, None]
+        self._emptied = [Mark(device), Mark(device)]  # of what used their memory before
         self._arrived: dict[int, Mark] = {}
 
     def run(self, index: int, layer: Callable[[MicroBatch], torch.Tensor]) -> None:
@@ -156,7 +156,7 @@ class _Staging:
         with self._down.use():
             computed.block_stream()
             batch.hidden.copy_(staged, non_blocking=True)
-            self._left[index] = self._emptied[index % 2] = Mark(self._device)
+            self._emptied[index % 2] = self._left[index] = Mark(self._device)
 
     def settle(self) -> None:
         """Waits until everything is back on the host."""
@@ -166,9 +166,9 @@ class _Staging:
 
     def _load(self, index: int) -> None:
         with self._up.use():
-            for mark in (self._left[index], self._emptied[index % 2]):
-                if mark is not None:
-                    mark.block_stream()
+            self._emptied[index % 2].block_stream()
+            if (left := self._left[index]) is not None:
+                left.block_stream()
             self._view(index).copy_(self._batches[index].hidden, non_blocking=True)
             self._arrived[index] = Mark(self._device)
 

@@ -101,7 +101,9 @@ class SyntheticSource:
         """
         info = self.info(name)
         shape = info.shape if shard is None else shard.shape
-        tensor = torch.empty(shape, dtype=TORCH_DTYPES[info.dtype], device=self.device)
+        # Vectors are made on the CPU: a GPU's queue may be long.
+        device = self.device if len(info.shape) > 1 else torch.device("cpu")
+        tensor = torch.empty(shape, dtype=TORCH_DTYPES[info.dtype], device=device)
         self.fill(name, shard, tensor)
         return tensor.cpu()
 
@@ -203,14 +205,17 @@ class GeneratedTensor:
             return
         device, dtype = self.source.device, TORCH_DTYPES[self.dtype]
         rows = max(1, CHUNK_BYTES * self.shape[0] // self.nbytes)
-        made = torch.empty(min(rows, self.shape[0]), *self.shape[1:], dtype=dtype, device=device)
         on_gpu = device.type == "cuda"
-        host = torch.empty_like(made, device="cpu", pin_memory=True) if on_gpu else made
         stream = torch.cuda.Stream(device) if on_gpu else None
+        shape = (min(rows, self.shape[0]), *self.shape[1:])
+        # (On a CPU this context does nothing.) Memory belongs to the stream it was asked on:
+        # from another one's, a piece of it may still be in use.
+        with torch.cuda.stream(stream):
+            made = torch.empty(shape, dtype=dtype, device=device)
+        host = torch.empty_like(made, device="cpu", pin_memory=True) if on_gpu else made
         for start in range(0, self.shape[0], rows):
             stop = min(start + rows, self.shape[0])
             shard = Shard(0, ((start, stop),), (stop - start, *self.shape[1:]))
-            # (On a CPU this context does nothing.)
             with torch.cuda.stream(stream):
                 self.source.fill(self.name, shard, made[: stop - start])
                 if stream is not None:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.nvfp4 import kernels_amax, kernels_fp8, kernels_nvfp4, reference, statistics
+from pipeline.nvfp4 import (
+    kernels_amax,
+    kernels_dequantize,
+    kernels_fp8,
+    kernels_nvfp4,
+    reference,
+    statistics,
+)
 from pipeline.nvfp4.formats import WeightMethod
 from pipeline.nvfp4.reference import PackedWeight
 from pipeline.nvfp4.statistics import WeightStatistics
@@ -165,7 +172,7 @@ class _Triton:
 
     def dequantize_nvfp4(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
         _check_device(packed.codes)
-        return kernels_nvfp4.dequantize_nvfp4(packed, dtype)
+        return kernels_dequantize.dequantize_nvfp4(packed, dtype)
 
 
 def _check_device(tensor: Tensor) -> None:

@@ -84,8 +84,8 @@ def stored_amax(amax):
 
 
 @triton.jit
-def load_lanes(pointer, first, is_block_B, BLOCKS: tl.constexpr):
-    """Load BLOCKS blocks from block `first` on as fp32 lanes; masked blocks are zeros.
+def load_words(pointer, first, is_block_B, BLOCKS: tl.constexpr):
+    """Load BLOCKS blocks from block `first` on, for `lanes_of`; masked blocks are zeros.
 
     `pointer` is to int32, the bits of two bf16, or to fp32.
     """
@@ -96,9 +96,7 @@ def load_lanes(pointer, first, is_block_B, BLOCKS: tl.constexpr):
         word_BQ = pointer + block_BQ * 8 + quarter_BQ
         low_BQ = tl.load(word_BQ, mask=mask_BQ, other=0)
         high_BQ = tl.load(word_BQ + 4, mask=mask_BQ, other=0)
-        words_BQH = tl.join(low_BQ, high_BQ)
-        even_BQH = (words_BQH << 16).to(tl.float32, bitcast=True)
-        odd_BQH = (words_BQH & -65536).to(tl.float32, bitcast=True)
+        return tl.join(low_BQ, high_BQ)
     else:
         lane_BQ = pointer + block_BQ * 16 + quarter_BQ * 2
         even_low_BQ = tl.load(lane_BQ, mask=mask_BQ, other=0.0)
@@ -106,8 +104,18 @@ def load_lanes(pointer, first, is_block_B, BLOCKS: tl.constexpr):
         even_high_BQ = tl.load(lane_BQ + 8, mask=mask_BQ, other=0.0)
         odd_high_BQ = tl.load(lane_BQ + 9, mask=mask_BQ, other=0.0)
         even_BQH = tl.join(even_low_BQ, even_high_BQ)
-        odd_BQH = tl.join(odd_low_BQ, odd_high_BQ)
-    return tl.join(even_BQH, odd_BQH)
+        return tl.join(even_BQH, tl.join(odd_low_BQ, odd_high_BQ))
+
+
+@triton.jit
+def lanes_of(words):
+    """The fp32 lanes of what `load_words` loaded."""
+    if words.dtype == tl.int32:
+        even_BQH = (words << 16).to(tl.float32, bitcast=True)
+        odd_BQH = (words & -65536).to(tl.float32, bitcast=True)
+        return tl.join(even_BQH, odd_BQH)
+    else:
+        return words
 
 
 @triton.jit
@@ -151,15 +159,31 @@ def _sum_quarters(values_BQ, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def quotient(numerator, denominator, reciprocal, ORDINARY: tl.constexpr):
-    """The correctly rounded `numerator / denominator`, with `reciprocal = RN(1 / denominator)`.
+def reciprocal_of(denominator):
+    """`1 / denominator` for `quotient`, from an approximate one and two Newton steps.
 
-    Markstein's sequence: q is off by at most 1.5 ulp, its remainder is exact in a fused
-    multiply-add, and the corrected q is RN(Q + d) where Q is the exact quotient. What matters is
-    on which side of a threshold t of E2M1 or E4M3 it ends, so let Q be near M, the midpoint
-    between t and its neighbour. M has 25 bits, hence Q != M, and |Q - M| >= ulp(t) 2**-24 / m for
-    a denominator of significand m < 2. There |Q - q| is half an ulp, and |reciprocal * denominator
-    - 1| <= m 2**-25, so |d| <= ulp(t) m 2**-26, which is less as m**2 < 4: never another side.
+    The error of an approximation is squared by each step: what is rounded at the end is off by at
+    most 2**-48 of itself. It is the correctly rounded reciprocal, except that it may be the other
+    neighbour where 1 / denominator lies that close to their midpoint.
+    """
+    approximate = 1.0 / denominator
+    approximate = tl.fma(tl.fma(approximate, -denominator, 1.0), approximate, approximate)
+    return tl.fma(tl.fma(approximate, -denominator, 1.0), approximate, approximate)
+
+
+@triton.jit
+def quotient(numerator, denominator, reciprocal, ORDINARY: tl.constexpr):
+    """The rounded `numerator / denominator`, as far as E2M1 and E4M3 can tell.
+
+    Markstein's sequence with `reciprocal_of(denominator)`: the estimate q is off by at most 1.5
+    ulp, its remainder is exact in a fused multiply-add, and the corrected q is RN(Q + d) where Q is
+    the exact quotient. What matters is on which side of a threshold t of a format it ends, so let Q
+    be near M, the midpoint between t and its neighbour. M has 25 bits, hence Q != M, and |Q - M| >=
+    ulp(t) 2**-24 / m for a denominator of significand m < 2. There |Q - q| is half an ulp, and
+    |reciprocal * denominator - 1| <= m 2**-25 (1 + x), so |d| <= ulp(t) m (1 + x) 2**-26, which is
+    less if m**2 (1 + x) < 4: never another side. x is 0 for the correctly rounded reciprocal and
+    below 2**-23 for the other neighbour. That suffices up to m = 2 - 2 * 2**-23; for m = 2 - 2**-23
+    the reciprocal is 2**-25 ulp from a midpoint, so x = 2**-24, and m**2 (1 + x) = 4 - 2**-22.
     Elsewhere an ulp does not matter.
     """
     if ORDINARY:
@@ -221,7 +245,7 @@ def divide_and_round(magnitude, scale_B, ORDINARY: tl.constexpr, EXACT: tl.const
     if ORDINARY:
         # 6.5 still rounds to 6; without the limit a huge quotient would become Inf - Inf.
         bounded = tl.minimum(magnitude, per_lane(scale_B * _ABOVE_SIX))
-        reciprocal = per_lane(tl.math.div_rn(1.0, scale_B))
+        reciprocal = per_lane(reciprocal_of(scale_B))
         if EXACT:
             ratio = quotient(bounded, per_lane(scale_B), reciprocal, True)
         else:
@@ -247,12 +271,13 @@ def squared_error(value, scale_B, magnitude, BLOCKS: tl.constexpr):
 def pack_codes(value, lanes, BLOCKS: tl.constexpr):
     """Packed codes of each block, int64 [B], of E2M1 values with the signs of the weights.
 
-    The sign bit is `weight < 0`: adding +0.0 turns -0.0 into +0.0, which has no sign bit.
+    The sign bit is `weight < 0`: adding +0.0 turns -0.0 into +0.0, which has no sign bit. Codes
+    arise in bits 22..25 and stay there until two of them are a byte.
     """
-    magnitude = (value * _E2M1_TO_CODE).to(tl.int32, bitcast=True) >> 22
-    sign = ((lanes + 0.0).to(tl.int32, bitcast=True) >> 28) & 8
+    magnitude = (value * _E2M1_TO_CODE).to(tl.int32, bitcast=True)
+    sign = ((lanes + 0.0).to(tl.int32, bitcast=True) >> 6) & (1 << 25)
     even_BQH, odd_BQH = tl.split(magnitude | sign)
-    low_BQ, high_BQ = tl.split(even_BQH | (odd_BQH << 4))
+    low_BQ, high_BQ = tl.split(even_BQH + (odd_BQH << 4))
     low_B, high_B = _pack_quarters(low_BQ, BLOCKS), _pack_quarters(high_BQ, BLOCKS)
     return (low_B.to(tl.int64) & 0xFFFFFFFF) | (high_B.to(tl.int64) << 32)
 
@@ -260,5 +285,5 @@ def pack_codes(value, lanes, BLOCKS: tl.constexpr):
 @triton.jit
 def _pack_quarters(byte_BQ, BLOCKS: tl.constexpr):
     even_BP, odd_BP = tl.split(tl.reshape(byte_BQ, (BLOCKS, 2, 2)))
-    even_B, odd_B = tl.split(even_BP | (odd_BP << 8))
+    even_B, odd_B = tl.split((even_BP >> 22) | (odd_BP >> 14))
     return even_B | (odd_B << 16)

@@ -23,13 +23,14 @@ from pipeline.nvfp4.kernels_blocks import (
     as_matrices,
     e4m3_code,
     quotient,
+    reciprocal_of,
     round_ratio,
 )
 from pipeline.nvfp4.reference import fp8_weight_scale
 from pipeline.nvfp4.rows import check_dtype, check_per_matrix
 
 _EIGHTS = 512  # per program; eight bf16 are the 16 bytes that a thread reads at once
-_WARPS = 8
+_WARPS = 4
 # Weight scales for which no quotient of interest is subnormal and no square over- or underflows.
 _ORDINARY_MIN = tl.constexpr(2.0**-40)
 _ORDINARY_MAX = tl.constexpr(2.0**50)
@@ -146,7 +147,7 @@ def _round(magnitude_XL, scale, ORDINARY: tl.constexpr):
     if ORDINARY:
         # 463 still rounds to 448; without the limit a huge quotient would become Inf - Inf.
         magnitude_XL = tl.minimum(magnitude_XL, scale * 463.0)
-    ratio_XL = quotient(magnitude_XL, scale, tl.math.div_rn(1.0, scale), ORDINARY)
+    ratio_XL = quotient(magnitude_XL, scale, reciprocal_of(scale), ORDINARY)
     if not ORDINARY:
         ratio_XL = tl.minimum(ratio_XL, E4M3_MAX)
     return round_ratio(ratio_XL, E4M3_LEADING, E4M3_FACTOR)

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""NVFP4 on a GPU: choose block scales, pack and measure a whole stack in one launch, and back.
+"""NVFP4 on a GPU: choose block scales, pack and measure a whole stack in one launch.
 
 In: weights [..., N, K], bf16 or fp32, and the fp32 amax [...] of each matrix. Out: the bytes of
 `reference.quantize_nvfp4` and the sums of `statistics.measure_statistics`. A program takes
-`_TILES` tiles of blocks, one block per thread: it reads each weight once, keeps what it needs in
+some tiles of blocks, one block per thread: it reads each weight once, keeps what it needs in
 registers, and writes codes, scales and six partial sums, which are then added in a fixed order.
 
 Errors of blocks are summed in fp32 inside a block and in fp64 over blocks: relative to the
@@ -14,6 +14,8 @@ weights' own amax for the sums to be finite.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,45 +24,47 @@ from torch import Tensor
 from pipeline.nvfp4 import formats
 from pipeline.nvfp4.formats import BLOCK_SIZE, WeightMethod
 from pipeline.nvfp4.kernels_blocks import (
+    E4M3_MAX,
     LAUNCH,
-    RECIPROCAL_6,
     as_matrices,
     as_words,
     divide_and_round,
     e4m3_code,
-    e4m3_value,
     is_ordinary,
-    load_lanes,
+    lanes_of,
+    load_words,
     max_block,
     pack_codes,
     per_lane,
-    quotient,
-    round_to_e4m3,
-    squared_error,
     stored_amax,
     sum_squares,
 )
-from pipeline.nvfp4.kernels_sweep import sweep_scales
+from pipeline.nvfp4.kernels_scales import (
+    FOUR_OVER_SIX,
+    METHOD_CODES,
+    choose_scales,
+    scale_on_six,
+)
 from pipeline.nvfp4.reference import PackedWeight, weight_scale_2
 from pipeline.nvfp4.rows import check_per_matrix, check_weight
 from pipeline.nvfp4.statistics import SEARCHING_METHODS, WeightStatistics
 
-_METHOD_CODES = {method: code for code, method in enumerate(WeightMethod)}
-_MAX_DYNAMIC = tl.constexpr(_METHOD_CODES[WeightMethod.max_dynamic])
-_FOUR_OVER_SIX = tl.constexpr(_METHOD_CODES[WeightMethod.four_over_six])
-_MSE = tl.constexpr(_METHOD_CODES[WeightMethod.mse])
-
-_E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
-_FOUR_OVER_SIX_MAX = tl.constexpr(formats.FOUR_OVER_SIX_MAX)
-_MULTIPLIER = tl.constexpr(formats.FOUR_OVER_SIX_MULTIPLIER)
 _HOPPER_FLUSH_BELOW = tl.constexpr(formats.HOPPER_FLUSH_BELOW)
 _SUMS = tl.constexpr(6)
 
-# Blocks per tile, warps per program, tiles per program. The sweep tries as many candidates as the
-# neediest block of a tile, so its tiles are small: one warp.
-_TILE = (128, 4, 16)
-_SWEEP_TILE = (32, 1, 16)
-_DEQUANTIZE_BLOCKS = 512
+
+class _Launch(NamedTuple):
+    """Fixed sizes of a launch: another tile would add in another order."""
+
+    blocks: int  # per tile, one per thread
+    warps: int
+    tiles: int  # per program
+    registers: int | None  # per thread at most; None leaves it to the compiler
+
+
+_LAUNCH = _Launch(blocks=128, warps=4, tiles=16, registers=80)
+# The sweep tries as many candidates as the neediest block of a tile: its tiles are single warps.
+_SWEEP_LAUNCH = _Launch(blocks=32, warps=1, tiles=16, registers=80)
 
 
 def pack_nvfp4(
@@ -96,8 +100,8 @@ def pack_nvfp4(
     packed.weight_scale_2.copy_(weight_scale_2(tensor_amax, method))
     matrices = as_matrices(weight)
     n_matrices, blocks_per_matrix = len(matrices), matrices.shape[1] // BLOCK_SIZE
-    blocks, warps, tiles = _SWEEP_TILE if method is WeightMethod.mse else _TILE
-    programs = triton.cdiv(blocks_per_matrix, blocks * tiles)
+    launch = _SWEEP_LAUNCH if method is WeightMethod.mse else _LAUNCH
+    programs = triton.cdiv(blocks_per_matrix, launch.blocks * launch.tiles)
     sums = matrices.new_empty((n_matrices, 6, programs), dtype=torch.float64)
     compare = compare_to_max and method in SEARCHING_METHODS
     if n_matrices * programs:
@@ -112,11 +116,12 @@ def pack_nvfp4(
             matrices.stride(0) // BLOCK_SIZE,
             blocks_per_matrix,
             programs,
-            METHOD=_METHOD_CODES[method],
+            METHOD=METHOD_CODES[method],
             COMPARE=compare,
-            BLOCKS=blocks,
-            TILES=tiles,
-            num_warps=warps,
+            BLOCKS=launch.blocks,
+            TILES=launch.tiles,
+            num_warps=launch.warps,
+            maxnreg=launch.registers,
             **LAUNCH,
         )
     return packed, _statistics(sums.sum(-1).view(*matrix_dims, 6), blocks_per_matrix, compare)
@@ -131,28 +136,6 @@ def empty_packed(weight: Tensor) -> PackedWeight:
         weight.new_empty((*matrix_dims, n_rows, blocks), dtype=torch.float8_e4m3fn),
         weight.new_empty(matrix_dims, dtype=torch.float32),
     )
-
-
-def dequantize_nvfp4(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights [..., N, K] of a packed weight, as `reference.dequantize_nvfp4` has them."""
-    codes, scales = packed.codes.contiguous(), packed.weight_scale.contiguous()
-    weight = codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
-    n_matrices = packed.weight_scale_2.numel()
-    if weight.numel():
-        blocks_per_matrix = scales.numel() // n_matrices
-        programs = triton.cdiv(blocks_per_matrix, _DEQUANTIZE_BLOCKS)
-        _dequantize_kernel[(n_matrices * programs,)](
-            codes,
-            scales.view(torch.uint8),
-            packed.weight_scale_2.contiguous(),
-            weight,
-            blocks_per_matrix,
-            programs,
-            BLOCKS=_DEQUANTIZE_BLOCKS,
-            num_warps=4,
-            **LAUNCH,
-        )
-    return weight
 
 
 def _statistics(sums: Tensor, blocks_per_matrix: int, compare: bool) -> WeightStatistics:
@@ -237,14 +220,19 @@ def _pack_tiles(
     zero_B = tl.zeros((BLOCKS,), tl.int32)
     m4_B = tl.zeros((BLOCKS,), tl.int32)
     flushed_B = tl.zeros((BLOCKS,), tl.int32)
+    block_B = first + tl.arange(0, BLOCKS)
+    is_block_B = block_B < blocks_per_matrix
+    next_words = load_words(weight_ptr, first, is_block_B, BLOCKS)
     for tile in range(n_tiles):
-        block = first + tile * BLOCKS
-        block_B = block + tl.arange(0, BLOCKS)
-        is_block_B = block_B < blocks_per_matrix
-        lanes = load_lanes(weight_ptr, block, is_block_B, BLOCKS)
+        lanes = lanes_of(next_words)
+        # The next tile is on its way while this one is computed.
+        block = first + (tile + 1) * BLOCKS
+        next_block_B = block + tl.arange(0, BLOCKS)
+        is_next_B = (next_block_B < blocks_per_matrix) & (tile + 1 < n_tiles)
+        next_words = load_words(weight_ptr, block, is_next_B, BLOCKS)
         magnitude = tl.abs(lanes)
         amax_B = max_block(magnitude, BLOCKS)
-        chosen_B, value, fp32_error_B, is_m4_B = _choose(
+        chosen_B, value, fp32_error_B, is_m4_B = choose_scales(
             magnitude, amax_B, amax, tensor_scale, METHOD, ORDINARY, BLOCKS
         )
         scale_B = chosen_B * tensor_scale
@@ -259,8 +247,9 @@ def _pack_tiles(
             of_max_B += _error_of_max(magnitude, amax_B, amax, scale_of_max, ORDINARY, BLOCKS)
         zero_B += ((amax_B == 0) & is_block_B).to(tl.int32)
         flushed_B += ((chosen_B < _HOPPER_FLUSH_BELOW) & (amax_B > 0)).to(tl.int32)
-        if METHOD == _FOUR_OVER_SIX:
+        if METHOD == FOUR_OVER_SIX:
             m4_B += is_m4_B.to(tl.int32)
+        block_B, is_block_B = next_block_B, is_next_B
     tl.store(sums_ptr, tl.sum(error_B, axis=0))
     tl.store(sums_ptr + programs, tl.sum(weight_B, axis=0))
     tl.store(sums_ptr + programs * 2, tl.sum(of_max_B, axis=0))
@@ -270,73 +259,11 @@ def _pack_tiles(
 
 
 @triton.jit
-def _choose(
-    magnitude,
-    amax_B,
-    amax,
-    tensor_scale,
-    METHOD: tl.constexpr,
-    ORDINARY: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Block scales [B], E2M1 values (lanes), fp32 errors [B] and whether on four won [B]."""
-    is_m4_B = amax_B < 0
-    if METHOD == _MSE:
-        chosen_B, error_B = sweep_scales(magnitude, amax_B, tensor_scale, ORDINARY, BLOCKS)
-        value = divide_and_round(magnitude, chosen_B * tensor_scale, ORDINARY, True)
-    else:
-        if METHOD == _MAX_DYNAMIC:
-            chosen_B = _scale_of_dynamic(amax_B, tensor_scale)
-        elif METHOD == _FOUR_OVER_SIX:
-            chosen_B = _scale_on_six(amax_B, 1.0, amax, _FOUR_OVER_SIX_MAX, ORDINARY)
-        else:
-            chosen_B = _scale_on_six(amax_B, 1.0, amax, _E4M3_MAX, ORDINARY)
-        scale_B = chosen_B * tensor_scale
-        value = divide_and_round(magnitude, scale_B, ORDINARY, True)
-        error_B = squared_error(value, scale_B, magnitude, BLOCKS)
-        if METHOD == _FOUR_OVER_SIX:
-            four_B = _scale_on_six(amax_B, _MULTIPLIER, amax, _FOUR_OVER_SIX_MAX, ORDINARY)
-            scale_B = four_B * tensor_scale
-            on_four = divide_and_round(magnitude, scale_B, ORDINARY, True)
-            error_on_four_B = squared_error(on_four, scale_B, magnitude, BLOCKS)
-            # Strictly less, so the scales differ: such a block did land on another value.
-            is_m4_B = error_on_four_B < error_B
-            chosen_B = tl.where(is_m4_B, four_B, chosen_B)
-            value = tl.where(per_lane(is_m4_B), on_four, value)
-            error_B = tl.where(is_m4_B, error_on_four_B, error_B)
-    if not ORDINARY:
-        # A scale that underflowed to zero gives magnitude 0.
-        value = tl.where(per_lane(chosen_B * tensor_scale > 0), value, 0.0)
-    return chosen_B, value, error_B, is_m4_B
-
-
-@triton.jit
-def _scale_on_six(
-    amax_B, multiplier: tl.constexpr, amax, LARGEST: tl.constexpr, ORDINARY: tl.constexpr
-):
-    """`reference.scale_from_amax` of a stored tensor amax; fp32 holding E4M3, [B]."""
-    scale_B = (amax_B * multiplier) * RECIPROCAL_6
-    scale_B = tl.where(scale_B == 0, 1.0, scale_B) * LARGEST
-    limit = amax * RECIPROCAL_6
-    if ORDINARY:
-        # What is far beyond 448 stays beyond it; without the limit it could become Inf - Inf.
-        scale_B = tl.minimum(scale_B, limit * 1024.0)
-    return round_to_e4m3(quotient(scale_B, limit, tl.math.div_rn(1.0, limit), ORDINARY))
-
-
-@triton.jit
-def _scale_of_dynamic(amax_B, tensor_scale):
-    """The scales of `max_dynamic`; fp32 holding E4M3, [B]."""
-    scale_B = tl.math.div_rn(amax_B, 6.0 * tensor_scale)
-    return round_to_e4m3(tl.where(scale_B == 0, 1.0, scale_B))
-
-
-@triton.jit
 def _error_of_max(
     magnitude, amax_B, amax, tensor_scale, ORDINARY: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Squared errors that method `max` would have, fp64 [B]."""
-    scale_B = _scale_on_six(amax_B, 1.0, amax, _E4M3_MAX, ORDINARY) * tensor_scale
+    scale_B = scale_on_six(amax_B, 1.0, amax, E4M3_MAX, ORDINARY) * tensor_scale
     value = divide_and_round(magnitude, scale_B, ORDINARY, False)
     if ORDINARY:
         error = value * per_lane(scale_B) - magnitude
@@ -360,34 +287,3 @@ def _wide_error(value, scale_B, magnitude, BLOCKS: tl.constexpr):
     """Squared errors of the dequantized fp32 weights, in fp64 throughout, [B]."""
     stored = (value * per_lane(scale_B)).to(tl.float64)
     return sum_squares(stored - magnitude.to(tl.float64), BLOCKS)
-
-
-@triton.jit(do_not_specialize=["blocks_per_matrix", "programs"])
-def _dequantize_kernel(
-    codes_ptr,
-    scales_ptr,
-    tensor_scale_ptr,
-    weight_ptr,
-    blocks_per_matrix,
-    programs,
-    BLOCKS: tl.constexpr,
-):
-    """Grid: `programs` per matrix, of BLOCKS blocks each."""
-    matrix = tl.program_id(0) // programs
-    first = (tl.program_id(0) % programs) * BLOCKS
-    is_block_B = first + tl.arange(0, BLOCKS) < blocks_per_matrix
-    block_B = matrix.to(tl.int64) * blocks_per_matrix + first + tl.arange(0, BLOCKS)
-    code_BH = tl.load(
-        codes_ptr + block_B[:, None] * 8 + tl.arange(0, 8)[None, :], mask=is_block_B[:, None]
-    ).to(tl.int32)
-    code_BL = tl.reshape(tl.join(code_BH & 15, code_BH >> 4), (BLOCKS, 16))
-    scale_B = e4m3_value(tl.load(scales_ptr + block_B, mask=is_block_B).to(tl.int32))
-    scale_B *= tl.load(tensor_scale_ptr + matrix)
-    # The codes of E2M1 are the top bits of fp32 values 2**126 times smaller. Code 8 is +0.0.
-    magnitude = ((code_BL & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
-    value = tl.where(code_BL > 8, -magnitude, magnitude) * scale_B[:, None]
-    tl.store(
-        weight_ptr + block_B[:, None] * 16 + tl.arange(0, 16)[None, :],
-        value.to(weight_ptr.dtype.element_ty),
-        mask=is_block_B[:, None],
-    )

@@ -70,7 +70,7 @@ def sweep_scales(magnitude, amax_B, tensor_scale, ORDINARY: tl.constexpr, BLOCKS
 @triton.jit
 def _candidate_range(magnitude, amax_B, tensor_scale, BLOCKS: tl.constexpr):
     """The lowest and the highest byte that each block must try, int32 [B]."""
-    per_scale = tl.math.div_rn(1.0, tensor_scale)
+    per_scale = 1.0 / tensor_scale
     on_six_B = round_to_e4m3(amax_B * per_scale * RECIPROCAL_6)
     scale_B = on_six_B * tensor_scale
     value = divide_and_round(magnitude, scale_B, True, True)

@@ -38,7 +38,7 @@ class Mark:
     def seconds_until(self, later: Mark) -> float:
         """Seconds from here to a later mark, on the device's clock; both must have passed."""
         if self._event is not None and later._event is not None:
-            return self._event.elapsed_time(later._event) / 1e3
+            return float(self._event.elapsed_time(later._event)) / 1e3
         return later._time - self._time
 
 

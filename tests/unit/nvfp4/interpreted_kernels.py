@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from pipeline.nvfp4 import kernels_amax, kernels_fp8, kernels_nvfp4, reference
+from pipeline.nvfp4 import kernels_amax, kernels_dequantize, kernels_fp8, kernels_nvfp4, reference
 from pipeline.nvfp4.formats import WeightMethod
 from pipeline.nvfp4.statistics import measure_statistics
 
@@ -127,7 +127,7 @@ def test_nvfp4(name, method, factor):
         assert getattr(measured, field).equal(getattr(figures, field)), field
     for field in SUMS:
         assert_close(getattr(measured, field), getattr(figures, field))
-    values = kernels_nvfp4.dequantize_nvfp4(ours)
+    values = kernels_dequantize.dequantize_nvfp4(ours)
     assert bytes_of(values).equal(bytes_of(reference.dequantize_nvfp4(expected)))
 
 
@@ -206,5 +206,5 @@ def test_no_matrices(method):
     packed, measured = kernels_nvfp4.pack_nvfp4(weight, amax, method)
     assert packed.codes.shape == (0, 8, 16)
     assert measured.squared_error.shape == (0,)
-    assert kernels_nvfp4.dequantize_nvfp4(packed).shape == (0, 8, 32)
+    assert kernels_dequantize.dequantize_nvfp4(packed).shape == (0, 8, 32)
     assert kernels_fp8.fp8_squared_errors(weight, amax, (1.0, 1.5)).shape == (0, 2)
