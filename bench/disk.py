@@ -8,7 +8,8 @@ rank; writes as many bytes; removes what it made. Prints JSON: medians over `--r
 Before each read the page cache is dropped: the whole machine's where that is allowed (root), that
 of the files (posix_fadvise) otherwise. `bytes` are those of the files: a rank that wants half of
 every row reads whole rows. `fraction` is the rate over that of the plain way: for reads the better
-of one and of many threads, for writes one thread that writes one file, then syncs it.
+of one and of many threads in the same round, for writes one thread that writes one file and then
+syncs it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,27 +145,17 @@ def measure_reads(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, 
     """Plain reads and `ReadAhead`, in turn."""
     source = open_source(checkpoint)
     files = sorted({info.path for info in source.tensors.values()})
-    threads, results = arguments.threads, {}
+    threads = arguments.threads
     ways: dict[str, Callable[[], int]] = {
         "plain, 1 thread": lambda: read_plainly(files, 1),
         f"plain, {threads} threads": lambda: read_plainly(files, threads),
     }
     for name, dims in LAYOUTS.items():
         ways[name] = lambda dims=dims: read_ahead(source, dims, arguments)
-    cold = ""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
-        for name, way in ways.items():
-            cold = drop_caches(files)
-            start = time.monotonic()
-            nbytes = way()
-            times[name].append(time.monotonic() - start)
-            results[name] = {"bytes": nbytes}
+    results = in_turn(ways, arguments.rounds, before=lambda: drop_caches(files))
     source.close()
-    best = max(rate(results[name], times[name]) for name in ways if name.startswith("plain"))
-    for name, result in results.items():
-        result |= summary(result, times[name], best)
-    return {"page cache": cold, "files": len(files), **results}
+    summarize(results, [name for name in ways if name.startswith("plain")])
+    return {"page cache": drop_caches(files), "files": len(files), **results}
 
 
 def read_plainly(files: list[Path], threads: int) -> int:
@@ -248,19 +239,15 @@ def measure_writes(directory: Path, arguments: argparse.Namespace) -> dict[str, 
         f"discard, {files} files": lambda: write_shards(directory, nbytes, files, discard=True),
         "SHA-256 alone, 1 thread": lambda: hash_plainly(nbytes),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    results: dict[str, Any] = {}
-    for _ in range(arguments.rounds):
-        for name, way in ways.items():
-            drop_caches([])
-            start = time.monotonic()
-            results[name] = {"bytes": way()}
-            times[name].append(time.monotonic() - start)
-            for path in directory.iterdir():
-                path.unlink()
-    plain = rate(results["plain, 1 file"], times["plain, 1 file"])
-    for name, result in results.items():
-        result |= summary(result, times[name], plain)
+
+    def clean() -> None:
+        for path in directory.iterdir():
+            path.unlink()
+        drop_caches([])
+
+    results = in_turn(ways, arguments.rounds, before=clean)
+    clean()
+    summarize(results, ["plain, 1 file"])
     return results
 
 
@@ -325,16 +312,35 @@ def hash_plainly(nbytes: int) -> int:
 # ---- figures
 
 
-def rate(result: dict[str, Any], times: list[float]) -> float:
-    """GB/s at the median time."""
-    return float(result["bytes"]) / statistics.median(times) / 1e9
+def in_turn(
+    ways: dict[str, Callable[[], int]], rounds: int, before: Callable[[], object]
+) -> dict[str, dict[str, Any]]:
+    """Bytes and seconds of each way; a round takes all of them, so that all see the same machine.
+
+    The first round only warms up.
+    """
+    results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            before()
+            start = time.monotonic()
+            results[name]["bytes"] = way()
+            if number:
+                results[name]["seconds"].append(time.monotonic() - start)
+    return results
 
 
-def summary(result: dict[str, Any], times: list[float], plain: float) -> dict[str, Any]:
-    """Rates of one way."""
-    speed = rate(result, times)
-    seconds = [round(value, 2) for value in times]
-    return {"seconds": seconds, "GB/s": round(speed, 3), "fraction": round(speed / plain, 2)}
+def summarize(results: dict[str, dict[str, Any]], plain: Sequence[str]) -> None:
+    """Adds rates, and what they are of the better plain way's in the same round (medians)."""
+    rounds = zip(*(results[name]["seconds"] for name in plain), strict=True)
+    sizes = [results[name]["bytes"] for name in plain]
+    best = [max(n / t for n, t in zip(sizes, times, strict=True)) for times in rounds]
+    for result in results.values():
+        rates = [result["bytes"] / seconds for seconds in result["seconds"]]
+        shares = [rate / other for rate, other in zip(rates, best, strict=True)]
+        result["seconds"] = [round(seconds, 2) for seconds in result["seconds"]]
+        result["GB/s"] = round(statistics.median(rates) / 1e9, 3)
+        result["fraction"] = round(statistics.median(shares), 2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ holes and without overlap.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -82,9 +83,14 @@ class TensorInfo:
 
 
 class OpenFiles:
-    """Descriptors by path, opened on first use; threads share them (`os.preadv` needs no lock)."""
+    """Descriptors by path, opened on first use; threads share them (`os.preadv` needs no lock).
 
-    def __init__(self) -> None:
+    Args:
+        advice: What the system is told of how they are read (`os.POSIX_FADV_*`).
+    """
+
+    def __init__(self, advice: int = os.POSIX_FADV_NORMAL) -> None:
+        self._advice = advice
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
 
@@ -92,7 +98,10 @@ class OpenFiles:
         """An open descriptor of `path`."""
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                descriptor = os.open(path, os.O_RDONLY)
+                with contextlib.suppress(OSError):  # not every file system takes advice
+                    os.posix_fadvise(descriptor, 0, 0, self._advice)
+                self._descriptors[path] = descriptor
             return self._descriptors[path]
 
     def close(self) -> None:

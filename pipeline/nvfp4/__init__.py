@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
+from pipeline.nvfp4.backends import get_backend
 from pipeline.nvfp4.formats import Format, WeightMethod
-from pipeline.nvfp4.reference import (
-    PackedWeight,
-    check_tensor_amax,
-    dequantize_nvfp4,
-    quantize_nvfp4,
-    tensor_amax,
-)
+from pipeline.nvfp4.reference import PackedWeight, check_tensor_amax
 from pipeline.nvfp4.rows import check_weight
 
 __all__ = ["Format", "PackedWeight", "WeightMethod", "dequantize_weight", "quantize_weight"]
-
-_BACKENDS = ("reference",)
 
 
 def quantize_weight(
@@ -34,13 +27,14 @@ def quantize_weight(
     Args:
         weight_NK: bf16 (or fp32) [N, K] with K a multiple of 16; leading dims stack matrices.
         method: max, max_dynamic, four_over_six or mse.
-        backend: What computes it; "reference" is plain torch on any device.
+        backend: What computes it: "reference" is plain torch on any device, "triton" kernels on a
+            GPU; the bytes are the same.
 
     Returns:
         A record with codes, weight_scale and weight_scale_2.
 
     Raises:
-        ConfigError: Unknown method or backend.
+        ConfigError: Unknown method or backend, or kernels are asked for without a GPU.
         NumericsError: The shape or dtype does not fit, or a weight is NaN or Inf.
     """
     if method not in list(WeightMethod):
@@ -50,19 +44,15 @@ def quantize_weight(
             rule=f"supported: {', '.join(WeightMethod)}",
             remedy="choose one of these",
         )
-    if backend not in _BACKENDS:
-        raise ConfigError(
-            "backend",
-            value=backend,
-            rule=f"supported: {', '.join(_BACKENDS)}",
-            remedy="choose one of these",
-        )
+    chosen = get_backend(backend)
     check_weight(weight_NK, "weight_NK")
-    amax = tensor_amax(weight_NK)
+    amax = chosen.tensor_amax(weight_NK)
     check_tensor_amax(amax, "weight_NK")
-    return quantize_nvfp4(weight_NK, amax, WeightMethod(method))
+    return chosen.quantize_nvfp4(weight_NK, amax, WeightMethod(method))
 
 
-def dequantize_weight(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_weight(
+    packed: PackedWeight, dtype: torch.dtype = torch.float32, backend: str = "reference"
+) -> Tensor:
     """Return the weight [..., N, K] of a record: exact in fp32, rounded once in others."""
-    return dequantize_nvfp4(packed, dtype)
+    return get_backend(backend).dequantize_nvfp4(packed, dtype)

@@ -49,6 +49,11 @@ class Backend(Protocol):
     def tensor_amax(self, weight: Tensor) -> Tensor:
         """Return the amax of each matrix at hand, fp32 [...]; NaN or Inf where a weight is."""
 
+    def quantize_nvfp4(
+        self, weight: Tensor, tensor_amax: Tensor, method: WeightMethod
+    ) -> PackedWeight:
+        """Choose block scales by `method` and pack, as `pack_nvfp4` does, without its figures."""
+
     def pack_nvfp4(
         self,
         weight: Tensor,
@@ -102,6 +107,11 @@ class _Reference:
     def tensor_amax(self, weight: Tensor) -> Tensor:
         return reference.tensor_amax(weight)
 
+    def quantize_nvfp4(
+        self, weight: Tensor, tensor_amax: Tensor, method: WeightMethod
+    ) -> PackedWeight:
+        return reference.quantize_nvfp4(weight, tensor_amax, method)
+
     def pack_nvfp4(
         self,
         weight: Tensor,
@@ -145,6 +155,11 @@ class _Triton:
     def tensor_amax(self, weight: Tensor) -> Tensor:
         _check_device(weight)
         return kernels_amax.tensor_amax(weight)
+
+    def quantize_nvfp4(
+        self, weight: Tensor, tensor_amax: Tensor, method: WeightMethod
+    ) -> PackedWeight:
+        return self.pack_nvfp4(weight, tensor_amax, method)[0]
 
     def pack_nvfp4(
         self,

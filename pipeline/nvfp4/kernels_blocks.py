@@ -57,13 +57,15 @@ _ORDINARY_MAX = tl.constexpr(2.0**60)
 def as_matrices(weight: Tensor) -> Tensor:
     """View [..., N, K] as [E, N * K]; matrices that do not lie in one piece are copied first.
 
-    Kernels read 16 bytes at a time: a stack that starts or steps at odd places is copied as well.
+    So is a stack that starts at an odd place: kernels read 16 bytes at a time.
     """
     *leading, n_rows, columns = weight.shape
     stack = weight.detach().reshape(math.prod(leading), n_rows, columns)
     matrices = stack.flatten(1) if stack[:1].is_contiguous() else stack.contiguous().flatten(1)
-    is_aligned = matrices.data_ptr() % 16 == 0 and matrices.stride(0) % formats.BLOCK_SIZE == 0
-    return matrices if is_aligned or matrices.is_contiguous() else matrices.contiguous()
+    if matrices.data_ptr() % 16:
+        return matrices.clone(memory_format=torch.contiguous_format)
+    # Gaps between matrices may be any number of blocks; contiguous ones may be of any size.
+    return matrices if matrices.stride(0) % formats.BLOCK_SIZE == 0 else matrices.contiguous()
 
 
 def as_words(matrices: Tensor) -> Tensor:

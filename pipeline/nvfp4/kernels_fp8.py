@@ -29,8 +29,9 @@ from pipeline.nvfp4.kernels_blocks import (
 from pipeline.nvfp4.reference import fp8_weight_scale
 from pipeline.nvfp4.rows import check_dtype, check_per_matrix
 
-_EIGHTS = 512  # per program; eight bf16 are the 16 bytes that a thread reads at once
+_EIGHTS = 256  # per program; eight bf16 are the 16 bytes that a thread reads at once
 _WARPS = 4
+_REGISTERS = 64  # per thread
 # Weight scales for which no quotient of interest is subnormal and no square over- or underflows.
 _ORDINARY_MIN = tl.constexpr(2.0**-40)
 _ORDINARY_MAX = tl.constexpr(2.0**50)
@@ -86,6 +87,7 @@ def _launch(weight: Tensor, weight_scale: Tensor, codes: Tensor | None) -> Tenso
             STORE=codes is not None,
             EIGHTS=_EIGHTS,
             num_warps=_WARPS,
+            maxnreg=_REGISTERS,
             **LAUNCH,
         )
     return sums.sum(-1).view(*matrix_dims, n_scales + 1)

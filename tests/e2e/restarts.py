@@ -24,8 +24,10 @@ from launch.entry import CONF_DIR
 from pipeline import publication, sweep
 from pipeline.calibrate import Place, calibrate
 from pipeline.checkpoint.journal import Journal
-from pipeline.packing import LayerPacker
+from pipeline.checkpoint.shard_writer import ShardFile, ShardWriter
+from pipeline.packing import LayerPacker, LayerPacking
 from pipeline.recipe import load_recipe
+from pipeline.visit import Visit
 from tests.distributed.helpers import RankError, run_ranks
 from tests.e2e.harness import golden_config, is_activation_scalar, read_checkpoint
 
@@ -57,10 +59,10 @@ class Fault:
     def arm(self) -> None:
         """Makes the current process die there."""
         hits = {
-            "in pack": lambda: _hook(LayerPacker, "pack", self, self._is_schedule, after=True),
-            "in forward": lambda: _hook(sweep.Sweep, "_forward", self, self._is_schedule),
-            "before write": lambda: _hook(sweep, "write_safetensors", self, self._is_file),
-            "after write": lambda: _hook(sweep, "write_safetensors", self, self._is_file, True),
+            "in pack": lambda: _hook(LayerPacking, "finish", self, self._is_packing),
+            "in forward": lambda: _hook(Visit, "_forward", self, self._is_run),
+            "before write": lambda: _hook(ShardWriter, "open", self, self._is_opened),
+            "after write": lambda: _hook(ShardFile, "_complete", self, self._is_file, after=True),
             "file not yet renamed": lambda: self._in_rename(f"{self._file}*.safetensors"),
             "after part": lambda: _hook(Journal, "write_part", self, self._is_part, after=True),
             "before commit": lambda: _hook(Journal, "commit", self, self._is_unit),
@@ -91,8 +93,11 @@ class Fault:
 
         _hook(os, "rename", self, matches)
 
-    def _is_file(self, path: Path, *_: object) -> bool:
-        return path.name.startswith(self._file)
+    def _is_opened(self, _writer: object, name: str, *_: object) -> bool:
+        return name.startswith(self._file)
+
+    def _is_file(self, file: ShardFile) -> bool:
+        return file.name.startswith(self._file)
 
     def _is_part(self, _journal: object, unit: int | str, part: str, *_: object) -> bool:
         return unit == self.unit and part.startswith("rank")
@@ -100,8 +105,11 @@ class Fault:
     def _is_unit(self, _journal: object, unit: int | str, *_: object) -> bool:
         return unit == self.unit
 
-    def _is_schedule(self, _self: object, schedule: Any, *_: object, **__: object) -> bool:
-        return bool(schedule.layer == self.unit)
+    def _is_packing(self, packing: Any) -> bool:
+        return bool(packing._schedule.layer == self.unit)
+
+    def _is_run(self, _visit: object, run: Any, *_: object) -> bool:
+        return bool(run.schedule.layer == self.unit)
 
     def _is_work(self, path: Path, **_: object) -> bool:
         return path.name.endswith(".partial")
@@ -158,7 +166,7 @@ class Run:
         assert expected in failure.value.report, failure.value.report
 
     def packings(self, rank: int = 0) -> Counter[int]:
-        """Number of finished packings so far, by layer."""
+        """Number of packings begun so far, by layer."""
         lines = self.log.read_text().split("\n") if self.log.exists() else []
         pairs = [line.split() for line in lines if line]
         return Counter(int(layer) for by, layer in pairs if int(by) == rank)
@@ -179,15 +187,14 @@ class Run:
         return found
 
     def _count_packings(self, rank: int) -> None:
-        pack = LayerPacker.pack
+        begin = LayerPacker.begin
 
-        def counted(packer: LayerPacker, schedule: Any, weights: Any) -> Any:
-            packed = pack(packer, schedule, weights)
+        def counted(packer: LayerPacker, schedule: Any, weights: Any) -> LayerPacking:
             with self.log.open("a") as log:
                 log.write(f"{rank} {schedule.layer}\n")
-            return packed
+            return begin(packer, schedule, weights)
 
-        LayerPacker.pack = counted  # type: ignore[method-assign]
+        LayerPacker.begin = counted  # type: ignore[method-assign]
 
 
 def _write_no_plots(_report: object, path: Path) -> None:

@@ -25,8 +25,9 @@ SUMS = ("squared_error", "squared_weight", "squared_error_of_max")
 def _one_rounding_per_fused_multiply_add(monkeypatch):
     def create_fma(self, x, y, z):
         # A product of fp32 is exact in fp64. The sum's own rounding is 2**-29 of an fp32 ulp.
-        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
 
@@ -42,7 +43,7 @@ def golden(case):
 
 
 def outliers():
-    weight = gaussian(24, 64, seed=1)
+    weight = gaussian(12, 64, seed=1)
     weight[::3, ::16] *= 1000
     weight[5] = 0
     weight[6, 16:32] = -0.0
@@ -51,22 +52,22 @@ def outliers():
     return weight.float()
 
 
-def every_bf16(below, first):
+def every_bf16(below):
     values = torch.arange(65536).to(torch.uint16).view(torch.bfloat16)
     values = values[values.float().abs() <= below]
     order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(1))
     # fp32, because the interpreter reads subnormal bf16 wrongly.
-    return values[order[first : first + 1024]][: values.numel() // 64 * 64].view(-1, 64).float()
+    return values[order[:1024]][: values.numel() // 64 * 64].view(-1, 64).float()
 
 
 def ties():
     """Multiples of an eighth: midpoints of E2M1 and of E4M3 under power-of-two scales."""
     steps = torch.arange(-56, 57).float() / 8
-    rows = [steps.roll(shift)[:64] * 2.0**power for shift in (0, 17) for power in range(-9, 9)]
+    rows = [steps.roll(shift)[:64] * 2.0**power for shift in (0, 17) for power in (-9, 0, 7)]
     return torch.stack(rows).bfloat16()
 
 
-def scale_ties():
+def near_thresholds():
     """fp32 weights within two ulp of a threshold times a scale that a block will have."""
     scales = torch.arange(8, 120, 7, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     thresholds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -79,24 +80,30 @@ def scale_ties():
 
 
 WEIGHTS = {
-    "gauss": lambda: golden("gauss")[:24],
-    "zero_blocks": lambda: golden("zero_blocks")[:24],
-    "blog": lambda: golden("blog")[:24],
+    "gauss": lambda: golden("gauss")[:4],
+    "zero_blocks": lambda: golden("zero_blocks")[:4],
+    "blog": lambda: golden("blog")[:4],
     "outliers": outliers,
-    "to_1": lambda: every_bf16(1.0, 0),
-    "every_bf16": lambda: every_bf16(3.4e38, 0),
-    "subnormal": lambda: every_bf16(1e-38, 0),
-    "huge": lambda: gaussian(8, 64, seed=4, scale=1e37),
-    "tiny": lambda: gaussian(8, 64, seed=5, scale=1e-37).float(),
     "ties": ties,
-    "scale_ties": scale_ties,
+    "near_thresholds": near_thresholds,
+    "huge": lambda: gaussian(1, 64, seed=4, scale=1e37),
+    "tiny": lambda: gaussian(1, 64, seed=5, scale=1e-37).float(),
+    "stack": lambda: gaussian(3, 5, 48, seed=7, scale=3.0),
+    "zeros": lambda: torch.zeros(2, 3, 32, dtype=torch.bfloat16),
+}
+MORE_WEIGHTS = {
+    "more_gauss": lambda: golden("gauss")[:24],
+    "more_zero_blocks": lambda: golden("zero_blocks")[:24],
+    "to_1": lambda: every_bf16(1.0),
+    "every_bf16": lambda: every_bf16(3.4e38),
+    "subnormal": lambda: every_bf16(1e-38),
     "constant": lambda: torch.full((3, 32), -0.75, dtype=torch.bfloat16),
     "fp32": lambda: gaussian(16, 48, seed=6).float() * 1.1,
-    "stack": lambda: gaussian(3, 7, 80, seed=7, scale=3.0),
-    "more_than_one_tile": lambda: gaussian(2, 130, 272, seed=8),
-    "zeros": lambda: torch.zeros(2, 3, 32, dtype=torch.bfloat16),
+    "many_tiles": lambda: gaussian(121, 544, seed=8),
     "largest": lambda: torch.full((2, 32), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16),
 }
+NAMES = [*WEIGHTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_WEIGHTS)]
+WEIGHTS |= MORE_WEIGHTS
 
 
 def bytes_of(values):
@@ -113,9 +120,9 @@ def assert_close(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.7])
+@pytest.mark.parametrize("factor", [1.0, pytest.param(1.7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", WeightMethod)
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_nvfp4(name, method, factor):
     weight = WEIGHTS[name]()
     amax = (reference.tensor_amax(weight) * factor).clamp(max=torch.finfo(torch.float32).max)
@@ -138,7 +145,10 @@ def test_without_comparison_the_error_of_max_is_the_own_error():
     assert measured.squared_error_of_max.equal(measured.squared_error)
 
 
-@pytest.mark.parametrize("method", WeightMethod)
+@pytest.mark.parametrize(
+    "method",
+    [WeightMethod.four_over_six, pytest.param(WeightMethod.mse, marks=pytest.mark.slow)],
+)
 def test_given_buffers_and_part_of_a_stack(method):
     stack = gaussian(5, 6, 48, seed=9)
     amax = reference.tensor_amax(stack)
@@ -156,12 +166,17 @@ def test_given_buffers_and_part_of_a_stack(method):
     assert (bytes_of(whole.weight_scale[[0, 3, 4]]) == 7).all()
     every_other, _ = kernels_nvfp4.pack_nvfp4(stack[::2], amax[::2], method)
     assert_same(every_other, reference.quantize_nvfp4(stack[::2], amax[::2], method))
+    odd = torch.empty(stack.numel() + 1, dtype=stack.dtype)[1:].view(stack.shape).copy_(stack)
+    shifted, _ = kernels_nvfp4.pack_nvfp4(odd, amax, method)
+    assert_same(shifted, reference.quantize_nvfp4(stack, amax, method))
     columns, _ = kernels_nvfp4.pack_nvfp4(stack[..., 16:], amax, method)
     assert_same(columns, reference.quantize_nvfp4(stack[..., 16:], amax, method))
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.5, 0.3])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "factor", [1.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1.5, 0.3))]
+)
+@pytest.mark.parametrize("name", NAMES)
 def test_fp8(name, factor):
     weight = WEIGHTS[name]()
     amax = reference.tensor_amax(weight) * factor
@@ -184,7 +199,7 @@ def test_fp8_of_odd_sizes_into_a_buffer():
     assert bytes_of(out).equal(bytes_of(reference.quantize_fp8(weight, amax)[0]))
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_amax(name):
     weight = WEIGHTS[name]()
     assert kernels_amax.tensor_amax(weight).equal(reference.tensor_amax(weight))

@@ -36,8 +36,16 @@ def test_unknown_method_and_backend_are_refused(weight_NK):
         match=r"method: found awq; supported: max, max_dynamic, four_over_six, mse\.",
     ):
         quantize_weight(weight_NK, "awq")
-    with pytest.raises(ConfigError, match=r"backend: found cuda; supported: reference\."):
+    with pytest.raises(ConfigError, match=r"backend: found cuda; supported: reference, triton\."):
         quantize_weight(weight_NK, backend="cuda")
+
+
+def test_kernels_without_a_gpu_are_refused(weight_NK):
+    message = r'backend: found triton with tensors on cpu; .*on a GPU.*backend="reference"'
+    with pytest.raises(ConfigError, match=message):
+        quantize_weight(weight_NK, backend="triton")
+    with pytest.raises(ConfigError, match=message):
+        dequantize_weight(quantize_weight(weight_NK), backend="triton")
 
 
 def test_unfit_weights_are_refused(weight_NK):
