@@ -144,7 +144,7 @@ def _make_sweep(
             read_threads=config.read_threads,
             write_threads=config.write_threads,
             read_ahead_bytes=round((config.read_ahead_gb or largest) * 1e9),
-            staging=memory.staging,
+            staging_bytes=memory.staging,
         ),
         progress=Progress(
             len(job.schedules),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from pipeline.architecture import Architecture, LayerType, TensorSpec
 from pipeline.blocks import expert_spec, experts_per_chunk
@@ -31,6 +32,9 @@ FEWEST_TOKENS_ON_DEVICE = 8192
 
 RESERVED_BYTES = 2 * 2**30
 """CUDA context, NCCL's buffers, libraries' workspaces: memory that no allocation of ours shows."""
+
+IMBALANCE = 0.05
+"""How many more rows than the mean one rank's experts may get."""
 
 FRAGMENTATION = 0.03
 """Share of the device that the allocator may lose to rounding."""
@@ -62,7 +66,7 @@ class MemoryPlan:
         hidden: Hidden states on the device: all of them, or two micro-batches.
         activations: What the widest layer holds while it computes.
         packing: Packed tensors on their way to the host.
-        staging: Size and number of the pinned buffers that packed tensors pass through.
+        staging: Pinned host memory that packed tensors pass through: one layer's, and some more.
         host: Pinned host memory: hidden states, staging, and what is read ahead.
     """
 
@@ -72,7 +76,7 @@ class MemoryPlan:
     hidden: int
     activations: int
     packing: int
-    staging: tuple[int, int]
+    staging: int
     host: int
 
     @property
@@ -104,7 +108,7 @@ def plan_memory(
         ConfigError: Not even one sequence at a time fits.
     """
     largest, widest = packed_sizes(job)
-    staging = (largest, math.ceil(widest / largest) + 2 if largest else 0)
+    staging = widest + 2 * largest
     sequences = math.ceil(tokens[0] / job.dims.dp)
     per_sequence = tokens[1] // job.dims.tp * job.architecture.hidden_size * compute_bytes
 
@@ -118,7 +122,7 @@ def plan_memory(
                 )
                 for kind in dict.fromkeys(job.architecture.layers)
             )
-        host = staging[0] * staging[1] + read_ahead + (sequences * per_sequence if on_host else 0)
+        host = staging + read_ahead + (sequences * per_sequence if on_host else 0)
         return MemoryPlan(
             micro_batch,
             on_host,
@@ -130,25 +134,40 @@ def plan_memory(
             host,
         )
 
-    sizes = [wish.micro_batch] if wish.micro_batch else _sizes(sequences, tokens[1])
     if wish.device_bytes is None or not tokens[0]:
         return plan(wish.micro_batch or 1, False)
+    sizes = [wish.micro_batch] if wish.micro_batch else _sizes(sequences, tokens[1])
+    return _largest_fitting(plan, sizes, tokens[1], wish)
+
+
+def _largest_fitting(
+    plan: Callable[[int, bool], MemoryPlan], sizes: list[int], seq_len: int, wish: MemoryWish
+) -> MemoryPlan:
+    """The first plan that fits: the largest micro-batch, and the device before the host."""
+    assert wish.device_bytes is not None
     room = wish.device_bytes * (1 - FRAGMENTATION) - RESERVED_BYTES
     places = {"device": [False], "host": [True]}.get(wish.hidden_store, [False, True])
     for on_host in places:
         for size in sizes:
-            is_small = size * tokens[1] < FEWEST_TOKENS_ON_DEVICE and size < sizes[0]
+            is_small = size * seq_len < FEWEST_TOKENS_ON_DEVICE and size < sizes[0]
             if is_small and not on_host and len(places) > 1:
                 break
             if plan(size, on_host).peak <= room:
                 return plan(size, on_host)
     least = plan(sizes[-1], places[-1])
+    parts = {
+        "slots": least.slots,
+        "hidden states": least.hidden,
+        "activations": least.activations,
+        "packing": least.packing,
+        "CUDA's own": RESERVED_BYTES,
+    }
     raise ConfigError(
         "GPU memory",
         value=f"{wish.device_bytes / 2**30:.1f} GiB",
-        rule=f"slots {least.slots / 2**30:.1f} + hidden states {least.hidden / 2**30:.1f} + "
-        f"activations {least.activations / 2**30:.1f} + packing {least.packing / 2**30:.1f} GiB, "
-        f"and {RESERVED_BYTES / 2**30:.0f} GiB of CUDA's own, must fit",
+        rule="must hold "
+        + " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+        + " GiB",
         remedy="use more ranks (parallel.ep, parallel.tp), a shorter calibration.seq_len, "
         "or leave calibration.micro_batch and hidden_store to the plan",
     )
@@ -215,13 +234,17 @@ def _mamba_bytes(a: Architecture, dims: ParallelDims, tokens: int, seq_len: int)
 
 
 def _moe_bytes(a: Architecture, dims: ParallelDims, local: int) -> int:
-    """Latents of the exchange group, rows of this rank's experts, the shared expert's output."""
-    latent, group = a.expert_input_size, dims.ep * dims.etp
-    rows = local * group * a.num_experts_per_tok // dims.ep
-    width = a.moe_intermediate_size // dims.etp
-    shared = local * a.hidden_size * 2 if a.has_shared_experts else 0
-    exchanged = local * latent * 2 * (1 if group == 1 else 1 + group)
-    return shared + exchanged + rows * 2 * (latent + width) + rows * 16
+    """At down_proj: its rows, in and out, the latents and the routing of the exchange group."""
+    latent, group, top_k = a.expert_input_size, dims.ep * dims.etp, a.num_experts_per_tok
+    gathered = local * group
+    rows = gathered * top_k // dims.ep
+    if dims.ep > 1:
+        rows = round(rows * (1 + IMBALANCE))
+    held = rows * 2 * (latent + a.moe_intermediate_size // dims.etp)
+    held += gathered * (2 * latent + 12 * top_k) + 20 * (rows // 128 + a.n_routed_experts)
+    if group > 1:
+        held += local * (2 * latent + 8 * top_k)
+    return held
 
 
 def _sizes(sequences: int, seq_len: int) -> list[int]:

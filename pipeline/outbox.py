@@ -1,8 +1,8 @@
 """From packed blocks on the device to a shard file, without waiting.
 
 In: blocks as packing yields them, in file order; small tensors that are copied from the source.
-Out: a file that fills in the background. On a GPU each block is copied to a pinned host buffer on
-the packing lane, and the writer waits for that copy; buffers come back once they are written.
+Out: files that fill in the background. On a GPU each block is copied to pinned host memory on the
+packing lane, and the writer waits for that copy; the memory comes back once it is written.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from concurrent.futures import Future
 import torch
 
 from pipeline.blocks import Block
+from pipeline.checkpoint.host_memory import Place, StagingRing
 from pipeline.checkpoint.safetensors_file import DTYPE_NAMES, TORCH_DTYPES
-from pipeline.checkpoint.writer import FileRecord, HostBuffers, ShardFile, ShardWriter, Writable
+from pipeline.checkpoint.writer import FileRecord, ShardFile, ShardWriter, Writable
 from pipeline.packing import PackedBlock
 from pipeline.runtime.lanes import Mark
 
@@ -30,7 +31,7 @@ class Outbox:
         name: Of the first file, without its ending; the others get a number.
         blocks: Packed tensors to come, in order.
         copies: Tensors that keep the source's bytes, by their name there; all in the first file.
-        buffers: Host buffers; None on a CPU, where packed tensors are written from where they are.
+        staging: Host memory; None on a CPU, where packed tensors are written from where they are.
         device: Where blocks come from.
         limit: Bytes of packed tensors after which the next file begins (a block is never cut).
     """
@@ -41,13 +42,13 @@ class Outbox:
         name: str,
         blocks: Sequence[Block],
         copies: Mapping[str, Writable],
-        buffers: HostBuffers | None,
+        staging: StagingRing | None,
         device: torch.device,
         *,
         limit: int,
     ) -> None:
         self._writer, self._name = writer, name
-        self._buffers, self._device = buffers, device
+        self._staging, self._device = staging, device
         self._parts = _split(blocks, limit)
         self._starts = {part[0].names[0]: index for index, part in enumerate(self._parts) if part}
         self._copies = dict(copies)
@@ -56,14 +57,14 @@ class Outbox:
         self._file = self._open(0)
 
     def send(self, packed: Sequence[PackedBlock]) -> None:
-        """Queues blocks; may wait for a free host buffer."""
+        """Queues blocks; may wait for room in host memory."""
         for block, tensors in packed:
             part = self._starts.get(block.names[0], 0)
             if part > 0:
                 self._close()
                 self._file = self._open(part)
             self._send_copies(at_least=block.dtype.itemsize)
-            if self._buffers is None:
+            if self._staging is None:
                 for name, tensor in zip(block.names, tensors.unbind(0), strict=True):
                     self._file.put(name, tensor)
             else:
@@ -93,13 +94,12 @@ class Outbox:
                     self._file.put(name, copy)
 
     def _send_staged(self, block: Block, tensors: torch.Tensor) -> None:
-        assert self._buffers is not None
-        buffer = self._buffers.acquire()
-        flat = buffer[: block.nbytes]
-        staged = flat.view(block.dtype).view(len(block.names), *block.shape)
+        assert self._staging is not None
+        place = self._staging.acquire(block.nbytes)
+        staged = place.memory.view(block.dtype).view(len(block.names), *block.shape)
         staged.view(torch.uint8).copy_(tensors.contiguous().view(torch.uint8), non_blocking=True)
         copied = Mark(self._device)
-        release = _after(len(block.names), self._buffers, buffer)
+        release = _after(len(block.names), place)
         for name, tensor in zip(block.names, staged.unbind(0), strict=True):
             self._file.put(name, tensor, wait=copied.synchronize, release=release)
 
@@ -140,8 +140,8 @@ def _itemsize(copy: Writable) -> int:
     return TORCH_DTYPES[_describe(copy)[0]].itemsize
 
 
-def _after(count: int, buffers: HostBuffers, buffer: torch.Tensor) -> Callable[[], None]:
-    """Gives a buffer back at the `count`-th call."""
+def _after(count: int, place: Place) -> Callable[[], None]:
+    """Gives a place back at the `count`-th call."""
     lock, left = threading.Lock(), [count]
 
     def release() -> None:
@@ -149,6 +149,6 @@ def _after(count: int, buffers: HostBuffers, buffer: torch.Tensor) -> Callable[[
             left[0] -= 1
             last = left[0] == 0
         if last:
-            buffers.release(buffer)
+            place.release()
 
     return release

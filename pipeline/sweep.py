@@ -19,12 +19,13 @@ from pathlib import Path
 from pipeline.architecture import LayerType, layer_tensors
 from pipeline.calibration.hidden import HiddenStore
 from pipeline.calibration.loss import next_token_loss, refuse_nonfinite_loss, unigram_loss
+from pipeline.checkpoint.host_memory import StagingRing
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.passthrough import take_copy
 from pipeline.checkpoint.read_ahead import ReadAhead
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.synthetic import SyntheticSource
-from pipeline.checkpoint.writer import FileRecord, HostBuffers, ShardWriter, Writable
+from pipeline.checkpoint.writer import FileRecord, ShardWriter, Writable
 from pipeline.commits import SCALARS, Commits, ScalarSettings
 from pipeline.filling import Feed, FileFeed, Request, SlotFiller, SyntheticFeed
 from pipeline.job import Job
@@ -58,7 +59,7 @@ class SweepSettings:
         read_threads: Threads that read the source.
         write_threads: Files that are written at a time.
         read_ahead_bytes: Host buffer of the read-ahead.
-        staging: Size and number of the host buffers for packed tensors; unused on a CPU.
+        staging_bytes: Host memory that packed tensors pass through; unused on a CPU.
     """
 
     scalars: ScalarSettings
@@ -68,7 +69,7 @@ class SweepSettings:
     read_threads: int = 2
     write_threads: int = 1
     read_ahead_bytes: int = 2**28
-    staging: tuple[int, int] = (0, 0)
+    staging_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -130,9 +131,9 @@ class Sweep:
         ) as writer:
             if OUTER not in committed:
                 self.commits.add_outer(OUTER, self._write_outer(writer))
-            buffers = None
+            staging = None
             if self.ranks.device.type == "cuda":
-                buffers = HostBuffers(*settings.staging, pinned=True)
+                staging = StagingRing(settings.staging_bytes, pinned=True)
             slots: Mapping[LayerType, Loadable] = self.slots or self._buffers()
             requests = [self._requests(schedule) for schedule in visited]
             feed = self._feed(requests)
@@ -146,7 +147,7 @@ class Sweep:
                         self.lane,
                         filler=filler,
                         writer=writer,
-                        buffers=buffers,
+                        staging=staging,
                         slot=None if self.slots is None else self.slots[schedule.layer_type],
                         store=self.store,
                         copies=self._copies_of(schedule),

@@ -17,7 +17,8 @@ from pipeline.architecture import LayerType
 from pipeline.calibration.hidden import HiddenStore, MicroBatch
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import ReducedStatistics
-from pipeline.checkpoint.writer import HostBuffers, ShardWriter, Writable
+from pipeline.checkpoint.host_memory import StagingRing
+from pipeline.checkpoint.writer import ShardWriter, Writable
 from pipeline.commits import Commits, LayerRun
 from pipeline.filling import SlotFiller
 from pipeline.outbox import Outbox
@@ -40,7 +41,7 @@ class Visit:
         lane: Where packing is enqueued.
         filler: Brings the weights.
         writer: Writes the file.
-        buffers: Host buffers for packed tensors; None on a CPU.
+        staging: Host memory for packed tensors; None on a CPU.
         slot: The layer's slot; None without a forward pass.
         store: The hidden store; None likewise.
         copies: This rank's tensors that keep the source's bytes.
@@ -54,7 +55,7 @@ class Visit:
     lane: Lane
     filler: SlotFiller
     writer: ShardWriter
-    buffers: HostBuffers | None
+    staging: StagingRing | None
     slot: LayerSlot | None
     store: HiddenStore | None
     copies: Mapping[str, Writable]
@@ -115,7 +116,7 @@ class Visit:
                 f"layer-{self.schedule.layer:05d}-rank-{self.ranks.rank:05d}",
                 blocks,
                 self.copies,
-                self.buffers,
+                self.staging,
                 self.ranks.device,
                 limit=self.max_shard_bytes,
             )
@@ -132,7 +133,7 @@ class Visit:
                     assert outbox is not None
                     start = time.monotonic()
                     outbox.send(packed)
-                    if self.buffers is not None:
+                    if self.staging is not None:
                         self.write_wait_s += time.monotonic() - start
             yield
         if outbox is not None:

@@ -19,7 +19,8 @@ from pipeline.architecture import LayerType
 from pipeline.calibration.choose import choose_scalars
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import reduce_statistics
-from pipeline.checkpoint.writer import HostBuffers, ShardWriter
+from pipeline.checkpoint.host_memory import StagingRing
+from pipeline.checkpoint.writer import ShardWriter
 from pipeline.job import Job, build_job, estimate_stored
 from pipeline.outbox import Outbox
 from pipeline.packing import LayerPacker
@@ -199,19 +200,19 @@ def copies_of(ours: Ours, layer: Layer) -> dict[str, torch.Tensor]:
     return {spec.name: layer.weight(spec).cpu() for spec, _ in ours.job.schedules[LAYER].copies}
 
 
-def staging_of(ours: Ours) -> HostBuffers | None:
-    """Pinned host buffers for packed tensors; made once for all layers."""
+def staging_of(ours: Ours) -> StagingRing | None:
+    """Pinned host memory for packed tensors; made once for all layers."""
     if ours.ranks.device.type != "cuda":
         return None
     packing = ours.packer.begin(ours.job.schedules[LAYER], SlotWeights(ours.slot))
     sizes = [block.nbytes for block in packing.work.blocks]
     # As the sweep's plan does it: room for all that a layer writes.
-    return HostBuffers(max(sizes), sum(sizes) // max(sizes) + 3, pinned=True)
+    return StagingRing(sum(sizes) + 2 * max(sizes), pinned=True)
 
 
 @torch.inference_mode()
 def write_ours(
-    ours: Ours, directory: Path, copies: dict[str, torch.Tensor], buffers: HostBuffers | None
+    ours: Ours, directory: Path, copies: dict[str, torch.Tensor], buffers: StagingRing | None
 ) -> list[str]:
     """Chooses, packs and writes the shard files, synced and checksummed; returns their SHA-256."""
     packing = ours.packer.begin(ours.job.schedules[LAYER], SlotWeights(ours.slot))

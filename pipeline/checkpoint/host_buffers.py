@@ -12,7 +12,7 @@ class HostBuffers:
     """A pool of buffers of one size; threads may share it.
 
     Args:
-        nbytes: Size of each. (torch rounds pinned memory up to a power of two.)
+        nbytes: Size of each.
         count: Number of buffers.
         pinned: Whether they are page-locked, for copies from a GPU that do not block.
     """

@@ -25,6 +25,7 @@ from types import TracebackType
 import torch
 
 from pipeline.architecture import TensorSpec
+from pipeline.checkpoint.host_memory import host_memory
 from pipeline.checkpoint.ring import ALIGNMENT, Ring, aligned
 from pipeline.checkpoint.safetensors_file import OpenFiles, TensorInfo, from_bytes, unreadable
 from pipeline.checkpoint.slices import Cut, Piece, Scratch, cut_of, pieces_of, read_piece
@@ -77,7 +78,7 @@ class ReadAhead:
         source: A checkpoint in files.
         threads: Readers. Local NVMe and parallel file systems want 8 or more.
         buffer_bytes: Size of the ring: more where one shard is larger, less where all shards take
-            less. (torch rounds pinned memory up to a power of two.)
+            less.
         pinned: Whether the ring is page-locked, for copies to a GPU that do not block.
 
     Raises:
@@ -97,7 +98,7 @@ class ReadAhead:
         sizes = [aligned(cut.nbytes) for layer in self._layers for _, cut in layer]
         # Any order of taking and skipping fits into all sizes together.
         size = max(min(aligned(buffer_bytes), sum(sizes)), max(sizes, default=0), ALIGNMENT)
-        self._arena = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._arena = host_memory(size, pinned=pinned)
         self._ring = Ring(size)
         self._files = OpenFiles(os.POSIX_FADV_RANDOM)
         self._pieces: queue.SimpleQueue[tuple[ReadItem, Piece] | None] = queue.SimpleQueue()

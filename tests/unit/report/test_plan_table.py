@@ -12,7 +12,7 @@ from pipeline.plan import GroupPlan, Plan
 from pipeline.plan_ranks import RankPlan
 from pipeline.report.plan_table import print_json, print_plan
 
-MEMORY = MemoryPlan(8, False, 21 * 10**9, 34 * 10**9, 12 * 10**9, 10**9, (1, 1), 30 * 10**9)
+MEMORY = MemoryPlan(8, False, 21 * 10**9, 34 * 10**9, 12 * 10**9, 10**9, 7 * 10**9, 30 * 10**9)
 
 
 def plan_with(**changes: Any) -> Plan:

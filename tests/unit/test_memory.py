@@ -1,0 +1,77 @@
+"""The memory plan: what a run on an H100 measured, what gives way first, what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.architecture import Architecture
+from pipeline.errors import ConfigError
+from pipeline.job import Job, build_job, estimate_stored
+from pipeline.memory import MemoryPlan, MemoryWish, plan_memory
+from pipeline.model_config import read_model_config
+from pipeline.plan_ranks import GB, plan_ranks, written_bytes
+from pipeline.recipe import load_recipe
+from pipeline.sharding import ParallelDims
+
+CONF = Path(__file__).parents[2] / "conf"
+GIB = 2**30
+H100 = round(79.18 * GIB)
+
+
+def ultra(dims: ParallelDims) -> Job:
+    architecture = Architecture.from_hf_config(read_model_config("nemotron3_ultra", CONF))
+    recipe = load_recipe("nvfp4_four_over_six", CONF / "recipe")
+    return build_job(architecture, dims, recipe, estimate_stored(architecture))
+
+
+ONE = ultra(ParallelDims())
+SLOTS = round(plan_ranks(ONE, written_bytes(ONE), 2)[0].slot_gb * GB)
+
+
+def plan(sequences: int = 512, **wish: object) -> MemoryPlan:
+    return plan_memory(
+        ONE,
+        tokens=(sequences, 4096),
+        compute_bytes=2,
+        slots=SLOTS,
+        read_ahead=0,
+        wish=MemoryWish(**{"device_bytes": H100, **wish}),  # type: ignore[arg-type]
+    )
+
+
+def test_what_one_h100_measured() -> None:
+    """512 x 4,096 tokens of Nemotron 3 Ultra: 64.18 GiB allocated (bench/results)."""
+    planned = plan()
+    assert planned.micro_batch == 8
+    assert not planned.hidden_on_host
+    assert planned.peak / GIB == pytest.approx(64.18, rel=0.05)
+
+
+def test_hidden_states_go_to_the_host_before_micro_batches_get_tiny() -> None:
+    assert not plan(sequences=600).hidden_on_host
+    smaller = plan(sequences=680)
+    assert not smaller.hidden_on_host
+    assert 2 <= smaller.micro_batch < 8
+    on_host = plan(sequences=1024)
+    assert on_host.hidden_on_host
+    assert on_host.micro_batch == 8
+    assert on_host.hidden == 2 * 8 * 4096 * 8192 * 2
+    assert on_host.host >= 1024 * 4096 * 8192 * 2
+
+
+def test_what_the_user_fixed_is_kept() -> None:
+    assert plan(micro_batch=3).micro_batch == 3
+    assert plan(hidden_store="host").hidden_on_host
+    with pytest.raises(ConfigError, match=r"GPU memory: found 79\.2 GiB; must hold slots 21\.4"):
+        plan(sequences=1024, hidden_store="device")
+
+
+def test_a_small_card_is_refused_with_the_sum() -> None:
+    with pytest.raises(ConfigError, match="hidden states .* activations .* packing"):
+        plan(device_bytes=20 * GIB)
+
+
+def test_on_a_cpu_sequences_go_one_by_one() -> None:
+    planned = plan(device_bytes=None)
+    assert planned.micro_batch == 1
+    assert not planned.hidden_on_host
