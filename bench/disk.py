@@ -1,6 +1,6 @@
 """How fast checkpoints are read and written, beside plain reads and writes of the same bytes.
 
-Run from the repository: `python bench/disk.py DIRECTORY`, on the file system in question. Makes
+Run from the repository: `python -m bench.disk DIRECTORY`, on the file system in question. Makes
 a checkpoint of Mamba, attention and MoE layers with the tensor sizes of a 550B model (its number of
 experts follows from `--gigabytes`), or takes one (`--checkpoint`); reads it cold, whole and as one
 rank; writes as many bytes; removes what it made. Prints JSON: medians over `--rounds`.
@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine
 
+from bench.machine import describe_machine
 from launch.entry import CONF_DIR
 from pipeline.architecture import Architecture, expected_tensors, layer_tensors
 from pipeline.checkpoint.durable import create, write_all

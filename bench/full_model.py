@@ -1,7 +1,7 @@
 """A whole model's sweep on this machine's GPUs: synthetic weights of any shape, output discarded.
 
-    python bench/full_model.py --gpus 1 --json result.json
-    python bench/full_model.py --gpus 2 --parallel parallel.ep=2 --json result.json
+    python -m bench.full_model --gpus 1 --json result.json
+    python -m bench.full_model --gpus 2 parallel.ep=2 --json result.json
 
 Runs `launch.calibrate checkpoint=synthetic output=discard` (with torchrun for more than one GPU),
 then reads its metrics. First it measures what the card's matrix products reach, and what that makes
@@ -51,7 +51,7 @@ def main() -> None:
         run = json.loads((report / "run.json").read_text())
     tokens = options.sequences * options.seq_len
     result = {
-        "command": "python bench/full_model.py " + shlex.join(sys.argv[1:]),
+        "command": "python -m bench.full_model " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{options.gpus} x {torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores",
         "versions": _versions(),

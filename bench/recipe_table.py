@@ -1,6 +1,6 @@
 """Writes docs/recipes.md and the table in README.md: what each PTQ recipe is on a Nemotron-H model.
 
-Run from the repository: `python bench/recipe_table.py`. The model has one layer of each kind;
+Run from the repository: `python -m bench.recipe_table`. The model has one layer of each kind;
 which tensors a recipe reaches does not depend on sizes.
 """
 

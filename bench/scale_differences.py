@@ -1,6 +1,6 @@
 """Compares two exported directories of one model: packed bytes, and scales from activations.
 
-    python bench/scale_differences.py DIR_A DIR_B
+    python -m bench.scale_differences DIR_A DIR_B
 
 Prints one JSON object: whether all packed tensors and weight scales are byte-identical, and the
 largest and median relative difference of input_scale, k_scale and v_scale.

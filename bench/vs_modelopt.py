@@ -1,7 +1,7 @@
 """Model Optimizer's Hugging Face path and this project on one MoE layer, on one device, in one run.
 
-    python bench/vs_modelopt.py --json bench/results/vs_modelopt.json
-    python bench/vs_modelopt.py --layers-shape small        # a try on a CPU
+    python -m bench.vs_modelopt --json bench/results/vs_modelopt.json
+    python -m bench.vs_modelopt --layers-shape small        # a try on a CPU
 
 Both sides get the same random weights and the same hidden states, one after the other, each in a
 process of its own. Measured are tokens per second while calibrating (at every micro-batch; each
@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from one_moe_layer.layer import SHAPES, Layer
-from one_moe_layer.report import show, summarize
-from one_moe_layer.timing import Figures
+
+from bench.one_moe_layer.layer import SHAPES, Layer
+from bench.one_moe_layer.report import show, summarize
+from bench.one_moe_layer.timing import Figures
 
 PUBLISHED = "models/nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16/ptq/nvfp4-4o6"
 WITHOUT_SEARCH = "models/nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib"
@@ -70,7 +71,7 @@ def main() -> None:
         save(result, options.json)  # what was measured is safe, whatever comes of comparing
         failed = any("error" in side for side in sides.values())
         if len(sides) == len(SIDES) and not failed:
-            from one_moe_layer.compare import compare
+            from bench.one_moe_layer.compare import compare
 
             result["comparison"] = compare(layer, directory / "ours", directory / "modelopt")
             save(result, options.json)
@@ -155,7 +156,7 @@ def touch(directory: Path, nbytes: int) -> None:
 
 def start_side(side: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Runs one side in a process of its own; returns its figures, and its error if it failed."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    command = [sys.executable, "-m", "bench.vs_modelopt", *sys.argv[1:], "--side", side]
     command += ["--directory", str(directory), "--recipe", options.recipe]
     log = directory / f"{side}.log"
     sys.stdout.write(f"{side} ...\n")
@@ -197,7 +198,7 @@ def run_side(options: argparse.Namespace) -> None:
     output = options.directory / options.side
     output.mkdir()
     if options.side == "modelopt":
-        from one_moe_layer import theirs
+        from bench.one_moe_layer import theirs
 
         theirs.run(
             layer,
@@ -209,7 +210,7 @@ def run_side(options: argparse.Namespace) -> None:
             limit_s=options.limit,
         )
         return
-    from one_moe_layer import ours
+    from bench.one_moe_layer import ours
 
     ours.run(
         layer,
@@ -244,7 +245,7 @@ def describe(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
             versions[package] = None
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m bench.vs_modelopt", *sys.argv[1:]]),
         "hardware": hardware,
         "versions": versions,
         "shape": options.layers_shape,

@@ -228,11 +228,20 @@ class PlanConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
+    device_gib: float | None = 79.0
+    hidden_store: HiddenStorage = HiddenStorage.auto
     cast: bool = False
     output: PlanOutput = PlanOutput.table
 
     def __post_init__(self) -> None:
-        """Exactly one of checkpoint and model says what to plan."""
+        """Exactly one of checkpoint and model says what to plan; a GPU has some memory."""
+        if self.device_gib is not None and not self.device_gib > 0:
+            raise ConfigError(
+                "device_gib",
+                value=self.device_gib,
+                rule="must be positive, or null for a CPU",
+                remedy="give the memory of one GPU, as nvidia-smi shows it",
+            )
         if self.checkpoint == SYNTHETIC:
             raise ConfigError(
                 "checkpoint",

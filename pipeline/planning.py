@@ -15,6 +15,7 @@ from pipeline.checkpoint.source_check import check_source
 from pipeline.config import ComputeDtype, PlanConfig, PlanOutput
 from pipeline.errors import LayersweepError
 from pipeline.job import StoredTensor, build_job, estimate_stored
+from pipeline.memory import MemoryWish
 from pipeline.model_config import read_model_config
 from pipeline.plan import Plan, make_plan
 from pipeline.preparation import stored_tensors
@@ -62,6 +63,11 @@ def plan_of(config: PlanConfig, conf_dir: Path) -> Plan:
         num_sequences=config.calibration.num_sequences,
         seq_len=config.calibration.seq_len,
         compute_bytes=4 if config.compute_dtype is ComputeDtype.float32 else 2,
+        memory=MemoryWish(
+            config.calibration.micro_batch,
+            config.hidden_store.value,
+            None if config.device_gib is None else round(config.device_gib * 2**30),
+        ),
         extra_refusals=refusals,
     )
 

@@ -15,6 +15,7 @@ from pipeline.architecture import Architecture, TensorSpec, expected_tensors
 from pipeline.checkpoint import audit_config, audit_scales, audit_source, audit_tensors
 from pipeline.checkpoint.audit_config import Declared
 from pipeline.checkpoint.audit_files import FileTable, check_checksums, read_files, read_object
+from pipeline.checkpoint.durable import reading_threads
 from pipeline.checkpoint.source import Source
 from pipeline.errors import ArchitectureError, AuditError
 
@@ -122,7 +123,7 @@ def audit(
     expected_effective_bits: float | None = None,
     checksums: Mapping[str, str] | None = None,
     hopper: bool = False,
-    workers: int = 4,
+    workers: int | None = None,
 ) -> AuditResult:
     """Checks a directory; never raises for what it finds (see `AuditResult.raise_if_failed`).
 
@@ -133,9 +134,9 @@ def audit(
         expected_effective_bits: Planned effective bits.
         checksums: SHA-256 per weight file.
         hopper: Whether input widths must also suit Hopper (a multiple of 64).
-        workers: Threads for scales, checksums and comparisons.
+        workers: Threads for scales, checksums and comparisons; None for one per core, at most 8.
     """
-    result = AuditResult(Path(directory))
+    result, workers = AuditResult(Path(directory)), workers or reading_threads()
     try:
         checkpoint = _read(result)
         if checkpoint is not None:

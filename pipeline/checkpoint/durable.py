@@ -47,6 +47,11 @@ def files_sha256(paths: Sequence[Path], threads: int) -> list[str]:
     return [digests[path] for path in paths]
 
 
+def reading_threads() -> int:
+    """How many threads read and hash files: one per core that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def sync_directory(directory: Path) -> None:
     """Makes renames inside a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.writer import FileRecord, file_sha256, write_json
+from pipeline.checkpoint.durable import files_sha256, reading_threads, write_json
+from pipeline.checkpoint.writable import FileRecord
 from pipeline.errors import OutputError
 
 Unit = int | str
@@ -216,8 +217,12 @@ class Journal:
             size = path.stat().st_size if path.is_file() else None
             if size != file.bytes:
                 return f"{path} has {size} bytes instead of {file.bytes}"
-            if checksums and file_sha256(path) != file.sha256:
-                return f"{path} has another checksum"
+        if checksums:
+            paths = [self.files / file.name for file in record.files]
+            found = files_sha256(paths, reading_threads())
+            for path, file, sha256 in zip(paths, record.files, found, strict=True):
+                if sha256 != file.sha256:
+                    return f"{path} has another checksum"
         return ""
 
     def _part_path(self, unit: Unit, part: str) -> Path:

@@ -111,6 +111,9 @@ class OpenFiles:
                 os.close(descriptor)
             self._descriptors.clear()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[str, TensorInfo]:
     """Reads and checks the header of one file.

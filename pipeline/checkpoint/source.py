@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.checkpoint.hub import locate
-from pipeline.checkpoint.safetensors_file import TensorInfo
+from pipeline.checkpoint.safetensors_file import OpenFiles, TensorInfo
 from pipeline.checkpoint.slices import read_shard
 from pipeline.checkpoint.source_files import (
     INDEX_NAME,
@@ -119,7 +118,7 @@ class FileSource:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     small_files: dict[str, Path]
-    _files: _OpenFiles
+    _files: OpenFiles
 
     @property
     def location(self) -> str:
@@ -134,17 +133,6 @@ class FileSource:
         """
         info = self.info(name)
         return read_shard(self._files.descriptor(info.path), info, shard)
-
-    def raw(self, name: str) -> memoryview:
-        """The bytes of one tensor, read into memory.
-
-        To copy a tensor into a file, give its `TensorInfo` to `write_safetensors` instead: that
-        copies it piece by piece.
-        """
-        info = self.info(name)
-        flat = dataclasses.replace(info, dtype="U8", shape=(info.nbytes,))
-        tensor = read_shard(self._files.descriptor(info.path), flat, None)
-        return memoryview(tensor.numpy())
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
@@ -187,30 +175,6 @@ class FileSource:
         return digest.hexdigest()
 
 
-class _OpenFiles:
-    """Descriptors by path, opened on first use; `os.preadv` needs no lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
-
-    def descriptor(self, path: Path) -> int:
-        """An open descriptor of `path`."""
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
-
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def __del__(self) -> None:
-        self.close()
-
-
 def open_source(path_or_hub_id: str | Path) -> FileSource:
     """Opens a checkpoint: a directory, a Hub id, or `demo` for the packaged model.
 
@@ -224,7 +188,7 @@ def open_source(path_or_hub_id: str | Path) -> FileSource:
         config=config,
         tensors=read_tensors(directory),
         small_files=find_small_files(directory),
-        _files=_OpenFiles(),
+        _files=OpenFiles(),
     )
 
 

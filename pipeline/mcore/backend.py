@@ -13,9 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-from pipeline.mcore import cpu, gpu
+from pipeline.mcore import cpu
 from pipeline.sharding import Coordinates, ParallelDims
 
 
@@ -59,18 +58,20 @@ def start(
     Args:
         dims: The degrees; `dims.world` processes must call this.
         rank: This process's rank in the world.
-        device: A CPU device means gloo and the CPU stand-ins, a CUDA device NCCL and exact fp32.
+        device: A CPU device means gloo and the CPU stand-in, a CUDA device NCCL and exact fp32 (a
+            setting of torch that stays).
         timeout_s: Seconds after which a collective fails.
         init_method: How the processes find each other; None means "env://" (as torchrun sets it),
             or, for a world of one, nothing at all.
     """
     if device.type == "cpu":
-        gpu.remove()
         cpu.install()
     else:
         cpu.remove()
-        gpu.install()
         torch.cuda.set_device(device)
+        # torch lets cuDNN and, where asked, cuBLAS round fp32 to the 10 bits of TF32.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     if not dist.is_initialized():
         _init_world(dims.world, rank, device, timeout_s, init_method)
     assert (dist.get_world_size(), dist.get_rank()) == (dims.world, rank)
@@ -82,8 +83,6 @@ def start(
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
-    # Slots are built without drawing random numbers: the tracker that does nothing is enough.
-    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     return _collect_groups(dims, rank)
 
 
@@ -93,7 +92,6 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     cpu.remove()
-    gpu.remove()
 
 
 def _drop_groups() -> None:

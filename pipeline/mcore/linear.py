@@ -68,11 +68,8 @@ class FeedForward(nn.Module):
         prefix: str = "",
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
-        gate: bool = False,
-        name: str | None = None,
     ) -> None:
         super().__init__()
-        assert not gate, "Nemotron-H does not gate its shared experts"
         hidden, tp_group = config.hidden_size, pg_collection.tp
         self.up_proj = column_parallel(hidden, width, config, tp_group, bias=bias)
         self.down_proj = row_parallel(width, hidden, config, tp_group, bias=bias)

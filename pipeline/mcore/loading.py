@@ -58,12 +58,7 @@ class Loader:
             shard = shard_of(spec, architecture, dims, rank)
             if shard is not None:
                 self._targets[_inner(spec.name)] = self._target(spec, shard)
-        # Megatron's mixer always has a convolution bias; without one in the model it is zero.
-        self._zeros: list[Place] = []
-        if layer_type is LayerType.mamba and not architecture.use_conv_bias:
-            self._zeros.append(Place(mixer.get_submodule("mixer"), "conv1d_bias"))
-        covered = [*(target.place for target in self._targets.values()), *self._zeros]
-        _assert_all_covered(covered, norm, mixer)
+        _assert_all_covered([target.place for target in self._targets.values()], norm, mixer)
         self._missing: set[str] = set()
         self._layer = -1
 
@@ -83,8 +78,6 @@ class Loader:
         """All tensors are to come."""
         self._layer = layer
         self._missing = set(self._targets)
-        for place in self._zeros:
-            place.whole.detach().zero_()
 
     def target_of(self, spec: TensorSpec, dtype: torch.dtype | None) -> torch.Tensor:
         """See `Slot.target_of`."""
@@ -119,13 +112,13 @@ class Loader:
 
 
 def tensors_of(norm: nn.Module, mixer: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter, and every buffer that takes part in the forward, by module name."""
+    """Every parameter, and every buffer that is filled, by module name."""
     found = {}
     for prefix, module in (("norm", norm), ("mixer", mixer)):
         for name, tensor in module.named_parameters(prefix):
             found[name] = tensor.detach()
         for name, buffer in module.named_buffers(prefix):
-            if name.endswith(".expert_bias"):  # the router's other buffers count for training
+            if name.endswith(".expert_bias"):  # not the zeros of a convolution without a bias
                 found[name] = buffer
     return found
 

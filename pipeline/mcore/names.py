@@ -70,16 +70,15 @@ def _linear(name: str, module: nn.Module, bias: bool) -> dict[str, Place]:
 
 
 def _mamba(a: Architecture, mamba: nn.Module) -> dict[str, Place]:
-    mixer = mamba.get_submodule("mixer")
     places = {
-        **_linear("in_proj", mixer.get_submodule("in_proj"), a.use_bias),
-        **_linear("out_proj", mixer.get_submodule("out_proj"), a.use_bias),
-        "conv1d.weight": Place(mixer, "conv1d_weight"),
-        "norm.weight": Place(mixer.get_submodule("norm"), "weight"),
+        **_linear("in_proj", mamba.get_submodule("in_proj"), a.use_bias),
+        **_linear("out_proj", mamba.get_submodule("out_proj"), a.use_bias),
+        "conv1d.weight": Place(mamba, "conv1d_weight"),
+        "norm.weight": Place(mamba.get_submodule("norm"), "weight"),
     }
     if a.use_conv_bias:
-        places["conv1d.bias"] = Place(mixer, "conv1d_bias")
-    return places | {name: Place(mixer, name) for name in ("A_log", "D", "dt_bias")}
+        places["conv1d.bias"] = Place(mamba, "conv1d_bias")
+    return places | {name: Place(mamba, name) for name in ("A_log", "D", "dt_bias")}
 
 
 def _attention(a: Architecture, attention: nn.Module) -> dict[str, Place]:

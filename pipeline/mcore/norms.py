@@ -7,8 +7,6 @@ nothing from them. What they mean stands here in plain torch; on a GPU each is o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,24 +39,19 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """Mamba's norm: gates with silu(z) first, then normalizes each group of channels.
-
-    Takes the arguments that Megatron's MambaMixer passes to mamba_ssm's norm of the same meaning.
-    """
+    """Mamba's norm: gates with silu(z) first, then normalizes each group of channels."""
 
     def __init__(
         self,
         hidden_size: int,
-        eps: float = 1e-5,
-        group_size: int | None = None,
-        norm_before_gate: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        eps: float,
+        *,
+        group_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        assert not norm_before_gate, "Nemotron-H gates before it normalizes"
-        self.eps = eps
-        self.group_size = group_size or hidden_size
+        self.eps, self.group_size = eps, group_size
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
 
     def forward(

@@ -152,7 +152,7 @@ class Slot:
         return hidden.add_(mixed)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every parameter, and every buffer that takes part in the forward, by module name."""
+        """Every parameter, and every buffer that is filled, by module name."""
         return tensors_of(self._norm, self._mixer)
 
     def _normalize(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -246,10 +246,10 @@ def _build_mixer(
     compute_dtype: torch.dtype,
     probe: Probe,
 ) -> nn.Module:
-    config = transformer_config(architecture, layer_type, dims, device, compute_dtype)
+    config = transformer_config(architecture, dims, compute_dtype)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if layer_type is LayerType.mamba:
-        return Mamba(architecture, config, groups, probe)
+        return Mamba(architecture, config, groups, probe, device)
     if layer_type is LayerType.attention:
         return Attention(architecture, config, groups, probe)
     if layer_type is LayerType.moe:

@@ -60,7 +60,7 @@ def describe_memory(memory: MemoryPlan) -> str:
     """One line about a rank's device and host memory."""
     where = "2 micro-batches of hidden states" if memory.hidden_on_host else "hidden states"
     return (
-        f"peak {_gb(memory.peak)} per rank: slots {_gb(memory.slots)}, "
+        f"at most {_gb(memory.peak)} of the device: slots {_gb(memory.slots)}, "
         f"{where} {_gb(memory.hidden)}, activations {_gb(memory.activations)}, "
         f"packing {_gb(memory.packing)}; micro-batches of {memory.micro_batch}; "
         f"host {_gb(memory.host)}"

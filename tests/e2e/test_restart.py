@@ -1,5 +1,6 @@
 """A run that dies anywhere and is started again ends with the same bytes, and keeps its work."""
 
+import itertools
 import shutil
 import struct
 from collections import Counter
@@ -329,20 +330,20 @@ def test_damage_during_publication_is_done_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS)
-def test_killed_in_any_phase_of_any_layer(
-    layer: int, tmp_path: Path, undisturbed: Callable[..., Path]
+@pytest.mark.parametrize(("phase", "layer"), zip(LAYER_PHASES, itertools.cycle(LAYERS)))
+def test_killed_in_a_fresh_run(
+    phase: str, layer: int, run: Run, undisturbed: Callable[..., Path]
 ) -> None:
-    for phase in LAYER_PHASES:
-        _check_one_fault(Run(tmp_path / phase), Fault(phase, layer), undisturbed())
+    """Each phase in some layer, each layer in some phase."""
+    _check_one_fault(run, Fault(phase, layer), undisturbed())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [EP2, TP2], ids=["ep2", "tp2"])
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_any_killed_rank_in_any_layer(
-    layout: dict[str, Any], rank: int, layer: int, run: Run, undisturbed: Callable[..., Path]
+    layer: int, run: Run, undisturbed: Callable[..., Path]
 ) -> None:
+    """Both layouts, both ranks and three phases take turns."""
+    layout, rank = ((EP2, 0), (TP2, 0), (EP2, 1), (TP2, 1))[layer % 4]
     phase = ("after part", "in forward", "in pack")[layer % 3]
     _check_one_fault(run, Fault(phase, layer, rank), undisturbed(**layout), **layout)

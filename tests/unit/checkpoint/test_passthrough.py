@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint.passthrough import CheckedCopy, take_copy
-from pipeline.checkpoint.safetensors_file import read_header
+from pipeline.checkpoint.safetensors_file import as_bytes, read_header
 from pipeline.checkpoint.source import open_source
 from pipeline.checkpoint.writer import RawTensor, write_safetensors
 from pipeline.errors import NumericsError, SourceError
@@ -31,7 +31,7 @@ def test_bytes_dtype_and_shape_are_the_sources(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", copies)
     infos = read_header(tmp_path / "x.safetensors")
     for name in tensors:
-        assert b"".join(infos[name].chunks()) == bytes(source.raw(name)), name
+        assert b"".join(infos[name].chunks()) == bytes(as_bytes(source.read(name))), name
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,10 +1,5 @@
 """Tokens to rows sorted by expert, to the experts, and back; what travels between ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,8 +8,6 @@ from pipeline.mcore.dispatch import Exchange, RowOrder, sort_by_expert
 from pipeline.mcore.kernels.combine import combine, spread
 from pipeline.mcore.kernels.grouped_mm import group_rows, grouped_mm
 from tests.distributed.helpers import run_ranks
-
-ROOT = Path(__file__).parents[3]
 
 
 def _choose(tokens: int, experts: int, top_k: int) -> torch.Tensor:
@@ -110,14 +103,3 @@ def test_ranks_see_all_tokens_and_get_back_the_sums_of_their_own() -> None:
     for rank, (gathered, summed) in enumerate(run_ranks(run, 3)):
         assert gathered == [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]
         assert summed == [60.0 * rank, 60.0 * rank + 6.0]
-
-
-def test_kernels_mean_what_plain_torch_means() -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    subprocess.run(
-        [sys.executable, "-m", "tests.unit.mcore.interpreted_moe_kernels"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-        timeout=120,
-    )

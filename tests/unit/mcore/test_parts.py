@@ -55,7 +55,7 @@ def test_norms() -> None:
     norm.weight.data.normal_()
     torch.testing.assert_close(norm(x, amax), F.rms_norm(x, (12,), norm.weight, 1e-3))
     assert amax == norm(x).abs().amax()
-    gated = GatedRMSNorm(12, 1e-3, group_size=4, device="cpu", dtype=torch.float32)
+    gated = GatedRMSNorm(12, 1e-3, group_size=4, device=CPU, dtype=torch.float32)
     gated.weight.data.normal_()
     parts = (x * F.silu(z)).split(4, dim=-1)
     expected = torch.cat([F.rms_norm(part, (4,), eps=1e-3) for part in parts], -1) * gated.weight
