@@ -7,6 +7,7 @@ the ranks connect; everything after that can be started again with the same comm
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from pipeline.preparation import Place, Prepared, fingerprint, load_tokens, prep
 from pipeline.publication import publish_rehearsal, publish_run
 from pipeline.report.metrics import MetricsWriter
 from pipeline.report.records import RunReport
-from pipeline.runtime.collectives import Ranks, barrier, broadcast_object
+from pipeline.runtime.collectives import Ranks, barrier, broadcast_object, gather_objects
 from pipeline.runtime.progress import Progress
 from pipeline.sweep import LOSS, Sweep, SweepSettings
 from pipeline.weights import LayerSlot
@@ -58,6 +59,7 @@ def calibrate(
     forward = prepared.job.resolution.needs_forward
     tokens = load_tokens(config, conf_dir, prepared) if forward and place.rank == 0 else None
     ranks, groups = _connect(config, prepared, place)
+    prepared = _agree_on_memory(prepared, ranks)
     if forward:
         tokens = broadcast_object(tokens, ranks.world)
     journal = Journal(prepared.work.journal, prepared.work.files, discard=config.discards_output)
@@ -99,6 +101,14 @@ def _sweep(
             sweep.measure_loss(config.calibration.loss_sequences)
     barrier(ranks.world)
     phases["loss"] = time.monotonic() - clock
+
+
+def _agree_on_memory(prepared: Prepared, ranks: Ranks) -> Prepared:
+    """The plan of the rank with the least memory, for all: they must make the same calls."""
+    plans = gather_objects(prepared.plan.memory, ranks.world)
+    least = min(plans, key=lambda p: (not p.hidden_on_host, p.micro_batch)) if plans else None
+    memory = broadcast_object(least, ranks.world)
+    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, memory=memory))
 
 
 def _check_loss(journal: Journal, *, allow_bad_loss: bool) -> None:

@@ -114,11 +114,6 @@ class LayerPacking:
         self._measured: list[tuple[list[str], torch.Tensor]] = []
         self._on_host: list[HostCopy] = []
 
-    @property
-    def has_collectives(self) -> bool:
-        """Whether a step after the first one needs the other ranks."""
-        return bool(self.work.chunks) and self._packer.dims.etp > 1
-
     def steps(self) -> Iterator[list[PackedBlock]]:
         """Reduces and packs, step by step; yields the blocks that this rank writes, in file order.
 

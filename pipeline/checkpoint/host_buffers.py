@@ -1,4 +1,4 @@
-"""A few host buffers that are used again and again: for packed tensors on their way to a file."""
+"""A few host buffers that are used again and again: for copied tensors on their way to a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ class HostBuffers:
     Args:
         nbytes: Size of each.
         count: Number of buffers.
-        pinned: Whether they are page-locked, for copies from a GPU that do not block.
     """
 
-    def __init__(self, nbytes: int, count: int, *, pinned: bool) -> None:
+    def __init__(self, nbytes: int, count: int) -> None:
         self.nbytes = nbytes
-        self._free = [
-            torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)
-        ]
+        self._free = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)]
         self._lent: set[int] = set()
         self._changed = threading.Condition()
         self.waited_s = 0.0

@@ -66,7 +66,7 @@ class ShardWriter:
         self.hash_pool = ThreadPoolExecutor(threads, thread_name_prefix="hash")
         self.write_pool = ThreadPoolExecutor(threads, thread_name_prefix="write")
         # Two per file at work: one is filled and hashed while the other is written.
-        self.copies = HostBuffers(CHUNK_BYTES, 2 * threads, pinned=False)
+        self.copies = HostBuffers(CHUNK_BYTES, 2 * threads)
         self._lock = threading.Lock()
         self._open: dict[str, ShardFile] = {}
         self.queued_bytes = 0

@@ -6,10 +6,9 @@ projection that a recipe may quantize, with the cached keys and values, and with
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
 
 
 class Tap(Protocol):
@@ -43,14 +42,6 @@ class Probe:
         """Passes `x` on to the tap."""
         if self.tap is not None:
             self.tap.activation(projection, x)
-
-    def watch_input(self, module: nn.Module, projection: str) -> None:
-        """Reports the first argument of every call of `module`."""
-
-        def report(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.activation(projection, args[0])
-
-        module.register_forward_pre_hook(report)
 
     def amax_of(self, projection: str) -> torch.Tensor | None:
         """The running amax that a kernel may raise instead of a call of `activation`."""

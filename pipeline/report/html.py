@@ -64,7 +64,7 @@ def render_html(report: RunReport) -> str:
         # The only text that goes in as it is: drawings, whose labels matplotlib has escaped.
         plots=[(plot, Markup(plot.svg)) for plot in draw_all(report)],
         phases=_phases(report),
-        layer_phases=[(k, format_seconds(s)) for k, s in layer_seconds(report).items()],
+        layer_seconds=[(k, format_seconds(s)) for k, s in layer_seconds(report).items()],
         worst=_worst(report),
         audit=[(key, _words(value)) for key, value in report.audit.items()],
         unmatched=report.unmatched_patterns,

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from pipeline.report.records import KindReport, RunReport
-from pipeline.report.summary import FORMAT_LABELS, ROLE_LABELS, role_label
+from pipeline.report.summary import FORMAT_LABELS, ROLE_LABELS, SECONDS_LABELS, role_label
 
 # Okabe and Ito's palette (distinct for the colour-blind), darkened where it is pale on white.
 SERIES = (
@@ -106,8 +106,9 @@ def draw_all(report: RunReport) -> list[Plot]:
         (
             "time",
             "Time per layer",
-            "Seconds of each phase; phases run beside each other where they can, so the layers may "
-            "add up to more than the wall-clock time of the sweep.",
+            "Seconds of computing, and of waiting for weights or for room to write. A layer's files "
+            "are awaited while later layers compute, so the bars may add up to more than the "
+            "sweep took.",
             draw_time,
         ),
     ]
@@ -246,17 +247,18 @@ def draw_input_amax(report: RunReport) -> Figure | None:
 
 
 def draw_time(report: RunReport) -> Figure | None:
-    """Seconds per layer, stacked by phase."""
-    phases = list(dict.fromkeys(phase for layer in report.layers for phase in layer.seconds))
-    if not phases:
+    """Seconds per layer, stacked by what they went to."""
+    kinds = list(dict.fromkeys(kind for layer in report.layers for kind in layer.seconds))
+    if not kinds:
         return None
     figure = Figure(figsize=(WIDTH_IN, 3.0), layout="constrained")
     axes = figure.subplots()
     indices = [layer.layer for layer in report.layers]
     base = np.zeros(len(indices))
-    for phase, (colour, _) in zip(phases, _styles(phases), strict=True):
-        seconds = np.array([layer.seconds.get(phase, 0.0) for layer in report.layers])
-        axes.bar(indices, seconds, bottom=base, width=0.8, color=colour, label=phase)
+    for kind, (colour, _) in zip(kinds, _styles(kinds), strict=True):
+        seconds = np.array([layer.seconds.get(kind, 0.0) for layer in report.layers])
+        label = SECONDS_LABELS.get(kind, kind)
+        axes.bar(indices, seconds, bottom=base, width=0.8, color=colour, label=label)
         base += seconds
     axes.set_ylabel("time (s)")
     axes.grid(visible=False, axis="x")

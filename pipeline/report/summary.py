@@ -34,6 +34,11 @@ METHOD_LABELS = {
     "max": "max",
     "max_dynamic": "max, dyn.",
 }
+SECONDS_LABELS = {
+    "read stall": "waiting for the source",
+    "compute": "computing",
+    "write stall": "waiting for the files",
+}
 FORMAT_LABELS = {"nvfp4": "NVFP4", "fp8": "FP8", "bf16": "BF16"}
 
 
@@ -200,11 +205,12 @@ def describe_coverage(report: RunReport, most_named: int = 6) -> str:
 
 
 def layer_seconds(report: RunReport) -> dict[str, float]:
-    """Return the seconds of each phase summed over the layers; phases may overlap."""
+    """Return what the layers' time went to, in words, summed over the layers; it may overlap."""
     total: dict[str, float] = {}
     for layer in report.layers:
-        for phase, seconds in layer.seconds.items():
-            total[phase] = total.get(phase, 0.0) + seconds
+        for kind, seconds in layer.seconds.items():
+            label = SECONDS_LABELS.get(kind, kind)
+            total[label] = total.get(label, 0.0) + seconds
     return total
 
 

@@ -67,7 +67,7 @@ def test_what_the_user_fixed_is_kept() -> None:
 
 
 def test_a_small_card_is_refused_with_the_sum() -> None:
-    with pytest.raises(ConfigError, match="hidden states .* activations .* packing"):
+    with pytest.raises(ConfigError, match=r"hidden states .* activations .* packing"):
         plan(device_bytes=20 * GIB)
 
 

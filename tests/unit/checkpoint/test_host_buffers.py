@@ -8,7 +8,7 @@ from pipeline.checkpoint.host_buffers import HostBuffers
 
 
 def test_buffers_are_lent_once_at_a_time() -> None:
-    buffers = HostBuffers(1000, 2, pinned=False)
+    buffers = HostBuffers(1000, 2)
     one, other = buffers.acquire(), buffers.acquire()
     assert one.dtype == torch.uint8
     assert one.shape == other.shape == (1000,)
@@ -19,7 +19,7 @@ def test_buffers_are_lent_once_at_a_time() -> None:
 
 
 def test_acquire_waits_for_a_release_and_counts_the_time() -> None:
-    buffers = HostBuffers(10, 1, pinned=False)
+    buffers = HostBuffers(10, 1)
     buffer = buffers.acquire()
     timer = threading.Timer(0.1, buffers.release, [buffer])
     timer.start()
@@ -28,7 +28,7 @@ def test_acquire_waits_for_a_release_and_counts_the_time() -> None:
 
 
 def test_a_buffer_is_released_once() -> None:
-    buffers = HostBuffers(10, 1, pinned=False)
+    buffers = HostBuffers(10, 1)
     buffer = buffers.acquire()
     buffers.release(buffer)
     with pytest.raises(KeyError):
@@ -36,7 +36,7 @@ def test_a_buffer_is_released_once() -> None:
 
 
 def test_many_threads_share_few_buffers() -> None:
-    buffers = HostBuffers(8, 3, pinned=False)
+    buffers = HostBuffers(8, 3)
     clashes: list[int] = []
 
     def work(number: int) -> None:

@@ -115,7 +115,7 @@ def test_discarding_makes_no_file_and_the_same_record(tmp_path: Path) -> None:
 
 
 def test_many_files_at_a_time_on_few_threads_with_few_buffers(tmp_path: Path) -> None:
-    buffers = HostBuffers(4000, 3, pinned=False)
+    buffers = HostBuffers(4000, 3)
     layout = {f"t{i}": ("U8", (4000,)) for i in range(20)}
     with ShardWriter(tmp_path, threads=2) as writer:
         files = [writer.open(f"{number}.safetensors", layout) for number in range(7)]
@@ -183,7 +183,7 @@ def test_a_full_disk_in_the_middle_reaches_the_next_put(
         return full() if written[0] > 50_000 else original(descriptor, data)
 
     monkeypatch.setattr(durable.os, "write", nearly_full)
-    buffers = HostBuffers(4000, 2, pinned=False)
+    buffers = HostBuffers(4000, 2)
     with ShardWriter(tmp_path, threads=2) as writer:
         file = writer.open(NAME, {f"t{i}": ("F32", (1000,)) for i in range(100)})
         other = writer.open("other.safetensors", {"t": ("F32", (2,))})

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pipeline.mcore.kernels import activation, convolution, norm, scan
 from pipeline.mcore.norms import normalize
 from pipeline.mcore.ssd import scan_in_torch
+from tests.unit.mcore.interpreted_moe_kernels import check_moe_kernels
 
 
 def _check_activation() -> None:
@@ -73,3 +74,4 @@ if __name__ == "__main__":
     _check_norms()
     _check_convolution()
     _check_scan()
+    check_moe_kernels()

@@ -1,4 +1,4 @@
-"""The MoE layer's Triton kernels on a CPU: run as a program, with TRITON_INTERPRET=1.
+"""The MoE layer's Triton kernels on a CPU (`interpreted_kernels` runs them).
 
 Triton's interpreter cannot multiply matrices in bf16: fp16 and fp32 stand for it.
 """
@@ -8,6 +8,13 @@ import math
 import torch
 
 from pipeline.mcore.kernels import combine, grouped_mm, routing
+
+
+def check_moe_kernels() -> None:
+    _check_choice()
+    _check_logits()
+    _check_rows()
+    _check_grouped_mm()
 
 
 def _check_choice() -> None:
@@ -55,11 +62,3 @@ def _check_grouped_mm() -> None:
         rows[-1, 0] = torch.nan
         grouped_mm._multiply_on_gpu(rows, weight_ENK, groups, True, amax, 3)
         assert amax == math.inf
-
-
-if __name__ == "__main__":
-    torch.manual_seed(3)
-    _check_choice()
-    _check_logits()
-    _check_rows()
-    _check_grouped_mm()

@@ -57,7 +57,7 @@ def make_report(*, forward: bool = True) -> RunReport:
     def amax(**values):
         return values if forward else {}
 
-    seconds = {"read": 0.1, "pack": 0.4, "write": 0.2} | ({"forward": 2.0} if forward else {})
+    seconds = {"read stall": 0.1, "compute": 2.4 if forward else 0.4, "write stall": 0.2}
     tokens = 4096 if forward else 0
 
     def layer(index, layer_type, *kinds):

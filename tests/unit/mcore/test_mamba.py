@@ -1,10 +1,6 @@
-"""The layers' kernels in Triton's interpreter, and a Mamba layer that scans in several parts."""
+"""A Mamba layer that scans in several parts."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,24 +10,11 @@ from pipeline.mcore import backend
 from pipeline.sharding import ParallelDims
 from tests.unit.mcore.models import SEQ_LEN, RecordingTap, make_reference, make_slots, reader
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture
 def groups() -> Iterator[backend.Groups]:
     yield backend.start(ParallelDims(), 0, torch.device("cpu"))
     backend.stop()
-
-
-def test_kernels_mean_what_plain_torch_means() -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    subprocess.run(
-        [sys.executable, "-m", "tests.unit.mcore.interpreted_kernels"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-        timeout=120,
-    )
 
 
 def test_parts_of_a_batch_give_the_same_bits(
