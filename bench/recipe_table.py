@@ -6,6 +6,7 @@ which tensors a recipe reaches does not depend on sizes.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ model, and hold every refusal.
 
 def main() -> None:
     """Writes both."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # writes only when asked to run
     TABLE.parent.mkdir(exist_ok=True)
     tables = sections()
     TABLE.write_text(document(tables), encoding="utf-8")

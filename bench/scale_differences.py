@@ -8,6 +8,7 @@ largest and median relative difference of input_scale, k_scale and v_scale.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -20,7 +21,11 @@ ACTIVATION_SCALARS = (".input_scale", ".k_scale", ".v_scale")
 
 def main() -> None:
     """Compares and prints."""
-    first, second = (read(Path(argument)) for argument in sys.argv[1:3])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("directories", nargs=2, type=Path, metavar="DIR")
+    first, second = map(read, parser.parse_args().directories)
     assert set(first) == set(second), "the directories hold other tensors"
     scalars = {name for name in first if name.endswith(ACTIVATION_SCALARS)}
     differing = [

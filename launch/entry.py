@@ -32,7 +32,14 @@ OTHERS_WAIT_S = 5.0
 # Ranks whose connection broke are victims of another rank's fault.
 VICTIMS_WAIT_S = 20.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_BROKEN_CONNECTION = ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe")
+_BROKEN_CONNECTION = (
+    "Connection closed",
+    "Connection reset",
+    "Connection was likely closed",
+    "gloo",
+    "NCCL",
+    "Broken pipe",
+)
 
 
 def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
@@ -85,7 +92,10 @@ def run(action: Callable[[], int], place: Place) -> None:
         _say(f"layersweep: error{who}: {error}")
         status = AUDIT_FAILED if isinstance(error, AuditError) else REFUSED
     except KeyboardInterrupt:
-        _say("layersweep: interrupted; the same command goes on from the last finished layer")
+        _say(
+            "layersweep: interrupted; the same command goes on from the last finished layer "
+            "(a rehearsal begins anew)"
+        )
         status = INTERRUPTED
     except Exception as error:
         status = _report_fault(error, place)

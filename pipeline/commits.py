@@ -141,6 +141,9 @@ class Commits:
             NumericsError: Weights or activations that are not finite.
             OutputError: A file could not be written.
         """
+        for file in self._outer or ():
+            if file.done():
+                file.result()  # what went wrong outside the layers is said now, not at the end
         while self._new:
             self._settled.append(self._look_at(self._new.popleft()))
         while len(self._settled) > keep:

@@ -165,8 +165,10 @@ class CalibrateConfig:
             *("read_threads", "read_ahead_gb", "write_threads"),
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(name, value=value, rule="must be positive", remedy="raise it")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    name, value=value, rule="must be positive and finite", remedy="change it"
+                )
         self._check_rehearsal()
 
     @property
@@ -230,18 +232,18 @@ class PlanConfig:
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
     device_gib: float | None = 79.0
     hidden_store: HiddenStorage = HiddenStorage.auto
+    max_shard_gb: float = 1.0
     cast: bool = False
     output: PlanOutput = PlanOutput.table
 
     def __post_init__(self) -> None:
         """Exactly one of checkpoint and model says what to plan; a GPU has some memory."""
-        if self.device_gib is not None and not self.device_gib > 0:
-            raise ConfigError(
-                "device_gib",
-                value=self.device_gib,
-                rule="must be positive, or null for a CPU",
-                remedy="give the memory of one GPU, as nvidia-smi shows it",
-            )
+        for name in ("device_gib", "max_shard_gb"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    name, value=value, rule="must be positive and finite", remedy="change it"
+                )
         if self.checkpoint == SYNTHETIC:
             raise ConfigError(
                 "checkpoint",

@@ -33,8 +33,12 @@ FEWEST_TOKENS_ON_DEVICE = 8192
 RESERVED_BYTES = 2 * 2**30
 """CUDA context, NCCL's buffers, libraries' workspaces: memory that no allocation of ours shows."""
 
-IMBALANCE = 0.05
-"""How many more rows than the mean one rank's experts may get."""
+IMBALANCE = 0.5
+"""How many more rows than the mean one rank may get, times the root of its number of experts.
+
+The trained demo model's most loaded rank got 1.05 of the mean with 8 of 16 experts, 1.12 with 4 and
+1.27 with 2.
+"""
 
 FRAGMENTATION = 0.03
 """Share of the device that the allocator may lose to rounding."""
@@ -136,7 +140,8 @@ def plan_memory(
 
     if wish.device_bytes is None or not tokens[0]:
         return plan(wish.micro_batch or 1, False)
-    sizes = [wish.micro_batch] if wish.micro_batch else _sizes(sequences, tokens[1])
+    fixed = wish.micro_batch and min(wish.micro_batch, sequences)
+    sizes = [fixed] if fixed else _sizes(sequences, tokens[1])
     return _largest_fitting(plan, sizes, tokens[1], wish)
 
 
@@ -234,13 +239,15 @@ def _mamba_bytes(a: Architecture, dims: ParallelDims, tokens: int, seq_len: int)
 
 
 def _moe_bytes(a: Architecture, dims: ParallelDims, local: int) -> int:
-    """At down_proj: its rows, in and out, the latents and the routing of the exchange group."""
+    """The rows of this rank's experts at down_proj or when they are combined; routing, latents."""
     latent, group, top_k = a.expert_input_size, dims.ep * dims.etp, a.num_experts_per_tok
     gathered = local * group
     rows = gathered * top_k // dims.ep
     if dims.ep > 1:
-        rows = round(rows * (1 + IMBALANCE))
-    held = rows * 2 * (latent + a.moe_intermediate_size // dims.etp)
+        rows = round(rows * (1 + IMBALANCE / math.sqrt(a.n_routed_experts // dims.ep)))
+    at_down_proj = rows * 2 * (latent + a.moe_intermediate_size // dims.etp)
+    sums = gathered * latent * (4 if group > 1 else 2)  # fp32 where ranks add up their parts
+    held = max(at_down_proj, rows * 2 * latent + sums)
     held += gathered * (2 * latent + 12 * top_k) + 20 * (rows // 128 + a.n_routed_experts)
     if group > 1:
         held += local * (2 * latent + 8 * top_k)

@@ -14,11 +14,12 @@ from concurrent.futures import Future
 import torch
 
 from pipeline.blocks import Block
-from pipeline.checkpoint.host_memory import Place, StagingRing
 from pipeline.checkpoint.safetensors_file import DTYPE_NAMES, TORCH_DTYPES
+from pipeline.checkpoint.staging import Place, StagingRing
 from pipeline.checkpoint.writer import FileRecord, ShardFile, ShardWriter, Writable
 from pipeline.packing import PackedBlock
 from pipeline.runtime.lanes import Mark
+from pipeline.schedule import split_by_size
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -30,10 +31,12 @@ class Outbox:
         writer: The pool that writes.
         name: Of the first file, without its ending; the others get a number.
         blocks: Packed tensors to come, in order.
-        copies: Tensors that keep the source's bytes, by their name there; all in the first file.
+        copies: Tensors that keep the source's bytes, by their name there; as many as the limit
+            allows go to the first file, the others to files of their own.
         staging: Host memory; None on a CPU, where packed tensors are written from where they are.
         device: Where blocks come from.
-        limit: Bytes of packed tensors after which the next file begins (a block is never cut).
+        limit: Bytes of packed tensors, and of copies, after which the next file begins (a block is
+            never cut).
     """
 
     def __init__(
@@ -51,7 +54,10 @@ class Outbox:
         self._staging, self._device = staging, device
         self._parts = _split(blocks, limit)
         self._starts = {part[0].names[0]: index for index, part in enumerate(self._parts) if part}
-        self._copies = dict(copies)
+        sizes = [copy.nbytes for copy in copies.values()]
+        first, *self._rest = split_by_size(list(copies), sizes, limit) or [[]]
+        self._all_copies = copies
+        self._copies = copies = {name: copies[name] for name in first}
         self._sizes = sorted({_itemsize(copy) for copy in copies.values()}, reverse=True)
         self._done: list[Future[FileRecord]] = []
         self._file = self._open(0)
@@ -73,13 +79,22 @@ class Outbox:
     def finish(self) -> list[Future[FileRecord]]:
         """Everything was sent; the records follow when the files are durable."""
         self._close()
+        for index, names in enumerate(self._rest, start=len(self._parts)):
+            copies = {name: self._all_copies[name] for name in names}
+            file = self._writer.open(self._file_name(index), _layout([], copies))
+            for name in file.names:
+                file.put(name, copies[name])
+            self._done.append(file.finish())
         return self._done
 
     def _open(self, index: int) -> ShardFile:
         copies = self._copies if index == 0 else {}
-        number = f"-{index:02d}" if index else ""
         layout = _layout(self._parts[index], copies)
-        return self._writer.open(f"{self._name}{number}.safetensors", layout)
+        return self._writer.open(self._file_name(index), layout)
+
+    def _file_name(self, index: int) -> str:
+        number = f"-{index:02d}" if index else ""
+        return f"{self._name}{number}.safetensors"
 
     def _close(self) -> None:
         self._send_copies(at_least=0)

@@ -7,6 +7,7 @@ GPU and no weights, and the finished checkpoint must weigh exactly what it says.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pipeline.architecture import LayerType
@@ -80,6 +81,7 @@ def make_plan(
     compute_bytes: int,
     memory: MemoryWish | None = None,
     read_ahead_bytes: int | None = None,
+    max_shard_bytes: int = 10**9,
     extra_refusals: list[LayersweepError] | None = None,
 ) -> Plan:
     """Plans one job.
@@ -91,6 +93,7 @@ def make_plan(
         compute_bytes: Bytes per element of the compute dtype.
         memory: The device, and what the user fixed; None plans for a CPU.
         read_ahead_bytes: Of the read-ahead's host buffer; None means a rank's largest layer.
+        max_shard_bytes: Largest file.
         extra_refusals: What was already found wrong with the source.
     """
     refusals = [*(extra_refusals or []), *find_refusals(job, seq_len)]
@@ -124,7 +127,7 @@ def make_plan(
         effective_bits=bits / parameters,
         needs_forward=job.resolution.needs_forward,
         kv_cache=_kv_cache(job),
-        files=_files(job),
+        files=_files(job, max_shard_bytes),
         groups=groups,
         per_rank=per_rank,
         memory=planned,
@@ -209,10 +212,16 @@ def _kv_cache(job: Job) -> str:
     return "fp8 (constant)" if constant else "fp8 (calibrated)"
 
 
-def _files(job: Job) -> int:
-    """Shard files if every rank writes one per layer that it has tensors of."""
-    files = sum(sum(size > 0 for size in layer_written_bytes(job, s)) for s in job.schedules)
-    return files + len({rank for _, rank in job.outer}) + (scalar_bytes(job) > 0)
+def _files(job: Job, limit: int) -> int:
+    """About how many shard files there will be: tensors are not cut to fill them to the limit."""
+    files = sum(
+        math.ceil(size / limit) for s in job.schedules for size in layer_written_bytes(job, s)
+    )
+    outer = [0] * job.dims.world
+    for name, rank in job.outer:
+        outer[rank] += job.stored[name].nbytes
+    files += sum(math.ceil(size / limit) for size in outer)
+    return files + (scalar_bytes(job) > 0)
 
 
 def _notes(job: Job) -> list[str]:

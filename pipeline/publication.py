@@ -16,7 +16,7 @@ import torch
 from pipeline.checkpoint.audit import AuditResult, audit
 from pipeline.checkpoint.journal import Journal, LayerRecord
 from pipeline.checkpoint.publish import final_records, finalize, publish
-from pipeline.checkpoint.rehearsal import check_counts, finish_rehearsal
+from pipeline.checkpoint.rehearsal import check_counts, finish_rehearsal, mark_rehearsal
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
@@ -105,6 +105,7 @@ def publish_rehearsal(
     report = _build_report(prepared, records, counted, phases)
     report.output = DISCARD
     report.warnings.insert(0, "a rehearsal: no checkpoint was written")
+    mark_rehearsal(work)  # first: a report that was cut short may be replaced
     (work.final / "config.yaml").write_text(resolved_config, encoding="utf-8")
     work.metrics.replace(work.final / METRICS)
     _write_reports(work.final, report, named)

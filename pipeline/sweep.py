@@ -19,11 +19,11 @@ from pathlib import Path
 from pipeline.architecture import LayerType, layer_tensors
 from pipeline.calibration.hidden import HiddenStore
 from pipeline.calibration.loss import next_token_loss, refuse_nonfinite_loss, unigram_loss
-from pipeline.checkpoint.host_memory import StagingRing
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.passthrough import take_copy
 from pipeline.checkpoint.read_ahead import ReadAhead
 from pipeline.checkpoint.source import Source
+from pipeline.checkpoint.staging import StagingRing
 from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.checkpoint.writer import FileRecord, ShardWriter, Writable
 from pipeline.commits import SCALARS, Commits, ScalarSettings

@@ -17,7 +17,7 @@ from pipeline.architecture import LayerType
 from pipeline.calibration.hidden import HiddenStore, MicroBatch
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import ReducedStatistics
-from pipeline.checkpoint.host_memory import StagingRing
+from pipeline.checkpoint.staging import StagingRing
 from pipeline.checkpoint.writer import ShardWriter, Writable
 from pipeline.commits import Commits, LayerRun
 from pipeline.filling import SlotFiller
@@ -88,9 +88,9 @@ class Visit:
             between(settle_at)
         for _ in steps:
             pass
-        run.ended = Mark(self.ranks.device)
         with self.lane.use():
             packed = Mark(self.ranks.device)
+        run.ended = packed if self.slot is None else Mark(self.ranks.device)
         self.filler.release(self.schedule.layer_type, [run.ended, packed])
         run.write_wait_s = self.write_wait_s
         self.commits.add(run)

@@ -19,7 +19,7 @@ from pipeline.architecture import LayerType
 from pipeline.calibration.choose import choose_scalars
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import reduce_statistics
-from pipeline.checkpoint.host_memory import StagingRing
+from pipeline.checkpoint.staging import StagingRing
 from pipeline.checkpoint.writer import ShardWriter
 from pipeline.job import Job, build_job, estimate_stored
 from pipeline.outbox import Outbox

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.runtime.lanes import Lane, Mark
+from pipeline.runtime.pinned import host_memory
 from pipeline.sharding import ParallelDims
 
 
@@ -89,7 +90,7 @@ class HiddenStore:
             hidden = F.embedding(ids.T.contiguous(), embedding).to(device, dtype)
             weights = torch.tensor([weight for _, weight in chosen], device=device)
             if self.on_host:
-                hidden = hidden.to("cpu").pin_memory()
+                hidden = _pin(hidden)
             self.batches.append(MicroBatch(indices, weights, hidden))
         self._staging = _Staging(self.batches, device) if self.on_host else None
 
@@ -121,6 +122,12 @@ class HiddenStore:
         if self._staging is not None:
             self._staging.settle()
         return batch.hidden.to(self.device)
+
+
+def _pin(hidden: torch.Tensor) -> torch.Tensor:
+    """The same values in page-locked host memory."""
+    memory = host_memory(hidden.nbytes, pinned=True)
+    return memory.view(hidden.dtype).view(hidden.shape).copy_(hidden)
 
 
 class _Staging:

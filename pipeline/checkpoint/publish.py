@@ -77,6 +77,13 @@ def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
     work = WorkDirectory.beside(final)
     if source is not None:
         refuse_overlap(work.final, source.resolve())
+    if work.final.is_symlink():
+        raise OutputError(
+            f"output {work.final}",
+            value=f"a symbolic link to {os.readlink(work.final)}",
+            rule="the finished directory appears by a rename, which does not follow links",
+            remedy="give the directory that it points to as output",
+        )
     if work.final.exists() and (not work.final.is_dir() or any(work.final.iterdir())):
         kind = "a directory with files in it" if work.final.is_dir() else "a file"
         raise OutputError(

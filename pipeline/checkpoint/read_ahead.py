@@ -25,11 +25,11 @@ from types import TracebackType
 import torch
 
 from pipeline.architecture import TensorSpec
-from pipeline.checkpoint.host_memory import host_memory
 from pipeline.checkpoint.ring import ALIGNMENT, Ring, aligned
 from pipeline.checkpoint.safetensors_file import OpenFiles, TensorInfo, from_bytes, unreadable
 from pipeline.checkpoint.slices import Cut, Piece, Scratch, cut_of, pieces_of, read_piece
 from pipeline.checkpoint.source import Source
+from pipeline.runtime.pinned import host_memory
 from pipeline.sharding import Shard
 
 Request = tuple[TensorSpec, str, Shard]

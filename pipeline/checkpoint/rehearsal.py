@@ -20,6 +20,7 @@ from pipeline.checkpoint import audit_config, audit_tensors
 from pipeline.checkpoint.audit import AuditResult
 from pipeline.checkpoint.publish import WorkDirectory, make_index, refuse_overlap
 from pipeline.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo
+from pipeline.checkpoint.source_files import INDEX_NAME
 from pipeline.checkpoint.writer import FileRecord
 from pipeline.errors import OutputError
 
@@ -43,9 +44,17 @@ def check_rehearsal(directory: Path, source: Path | None = None) -> WorkDirector
     Raises:
         OutputError: Something else is there, it is not writable, or it lies in the source.
     """
-    final = Path(os.path.abspath(directory.expanduser()))
+    final = Path(os.path.realpath(directory.expanduser()))
     if source is not None:
         refuse_overlap(final, source.resolve())
+    for parent in final.parents:
+        if parent.name.endswith(".partial") or (parent / INDEX_NAME).is_file():
+            raise OutputError(
+                f"report {final}",
+                value=f"inside {parent}",
+                rule="must not lie in a checkpoint, or in the work directory of one",
+                remedy="choose another directory with report=DIR",
+            )
     if final.exists() and not _is_rehearsal(final):
         raise OutputError(
             f"report {final}",
@@ -115,9 +124,13 @@ def check_counts(
     return result
 
 
-def finish_rehearsal(work: WorkDirectory) -> None:
-    """Marks the report's directory as a rehearsal's, and removes the work directory."""
+def mark_rehearsal(work: WorkDirectory) -> None:
+    """Marks the report's directory as a rehearsal's."""
     (work.final / NOTE).write_text(NOTE_TEXT, encoding="ascii")
+
+
+def finish_rehearsal(work: WorkDirectory) -> None:
+    """Removes the work directory."""
     shutil.rmtree(work.root, ignore_errors=True)
 
 

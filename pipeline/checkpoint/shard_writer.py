@@ -283,6 +283,8 @@ class ShardFile:
                     os.posix_fadvise(self._descriptor, 0, self._written, os.POSIX_FADV_DONTNEED)
         except OSError as problem:
             self._fail(write_failed(self._path, "weights", problem))
+        except BaseException as error:  # a lane that died would leave its file waiting forever
+            self._fail(error)
         self._writer.add(disk_s=time.monotonic() - start)
 
     def _end(self, size: int, release: Callable[[], None] | None) -> None:
@@ -304,6 +306,8 @@ class ShardFile:
                 rename(self._temporary, self._path)
             except OSError as problem:
                 self._fail(write_failed(self._path, "weights", problem))
+            except BaseException as error:
+                self._fail(error)
             self._writer.add(disk_s=time.monotonic() - start)
         self._remove()
         if self._error is not None:

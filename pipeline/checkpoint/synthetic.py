@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class SyntheticSource:
         self.small_files: dict[str, Path] = {}
         self.location = f"synthetic {model} (seed {seed})"
         self.seed, self.device = seed, device
+        self._of_thread = threading.local()
         self._has_latent = any(name.endswith(".fc2_latent_proj.weight") for name in tensors)
         layers = {name.split(".")[2] for name in tensors if name.startswith("backbone.layers.")}
         self._residual_factor = 1 / math.sqrt(2 * max(len(layers), 1))
@@ -140,6 +142,13 @@ class SyntheticSource:
                     fill_normal(
                         part, keys, window, standard_deviation=deviation, is_bf16=dtype == "BF16"
                     )
+
+    def copy_stream(self) -> torch.cuda.Stream:
+        """The calling thread's stream for copies, of another priority than the sweep's lanes."""
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream(self.device, priority=-1)
+        stream: torch.cuda.Stream = self._of_thread.stream
+        return stream
 
     def copy_of(self, name: str) -> GeneratedTensor:
         """One tensor as something to be written: its bytes, piece by piece.
@@ -206,7 +215,7 @@ class GeneratedTensor:
         device, dtype = self.source.device, TORCH_DTYPES[self.dtype]
         rows = max(1, CHUNK_BYTES * self.shape[0] // self.nbytes)
         on_gpu = device.type == "cuda"
-        stream = torch.cuda.Stream(device) if on_gpu else None
+        stream = self.source.copy_stream() if on_gpu else None
         shape = (min(rows, self.shape[0]), *self.shape[1:])
         # (On a CPU this context does nothing.) Memory belongs to the stream it was asked on:
         # from another one's, a piece of it may still be in use.

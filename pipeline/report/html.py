@@ -54,7 +54,9 @@ def render_html(report: RunReport) -> str:
     )
     passed = has_passed(report)
     return environment.get_template(TEMPLATE).render(
-        name=Path(report.output).name or report.output,
+        name=f"Rehearsal: {report.source}"
+        if "rehearsal" in report.audit
+        else Path(report.output).name or report.output,
         verdict=verdict(report),
         state={True: "good", False: "bad", None: "unknown"}[passed],
         warnings=report.warnings,

@@ -33,7 +33,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     size = f"{_gb(plan.bf16_bytes)} -> {_gb(plan.quantized_bytes)}"
     bits = f"{plan.effective_bits:.2f} bits per parameter"
     console.print(Text(f"size     {size}, {bits}", style="bold"))
-    console.print(Text(f"shards   at least {plan.files} files; KV cache {plan.kv_cache}"))
+    console.print(Text(f"shards   about {plan.files} files; KV cache {plan.kv_cache}"))
     forward = "calibrated by a forward pass" if plan.needs_forward else "no forward pass needed"
     console.print(Text(f"scales   {forward}"))
     console.print(_group_table(plan.groups))

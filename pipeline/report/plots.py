@@ -106,9 +106,8 @@ def draw_all(report: RunReport) -> list[Plot]:
         (
             "time",
             "Time per layer",
-            "Seconds of computing, and of waiting for weights or for room to write. A layer's files "
-            "are awaited while later layers compute, so the bars may add up to more than the "
-            "sweep took.",
+            "Seconds of computing, and of waiting for weights or files. Files are awaited while "
+            "later layers compute, so the layers may add up to more than the sweep took.",
             draw_time,
         ),
     ]

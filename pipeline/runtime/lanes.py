@@ -20,7 +20,8 @@ class Mark:
         self._event: torch.cuda.Event | None = None
         self._time = 0.0
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
+            # (blocking: a thread that waits for it sleeps.)
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
             self._event.record(torch.cuda.current_stream(device))
         else:
             self._time = time.monotonic()

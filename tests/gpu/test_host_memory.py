@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 
-from pipeline.checkpoint.host_memory import StagingRing, host_memory
+from pipeline.checkpoint.staging import StagingRing
+from pipeline.runtime.pinned import host_memory
 
 pytestmark = pytest.mark.gpu
 

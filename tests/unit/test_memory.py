@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.architecture import Architecture
+from pipeline.architecture import Architecture, LayerType
 from pipeline.errors import ConfigError
 from pipeline.job import Job, build_job, estimate_stored
-from pipeline.memory import MemoryPlan, MemoryWish, plan_memory
+from pipeline.memory import MemoryPlan, MemoryWish, activation_bytes, plan_memory
 from pipeline.model_config import read_model_config
 from pipeline.plan_ranks import GB, plan_ranks, written_bytes
 from pipeline.recipe import load_recipe
@@ -75,3 +75,16 @@ def test_on_a_cpu_sequences_go_one_by_one() -> None:
     planned = plan(device_bytes=None)
     assert planned.micro_batch == 1
     assert not planned.hidden_on_host
+
+
+def test_micro_batches_are_no_larger_than_there_are_sequences() -> None:
+    assert plan(sequences=4, micro_batch=1000).micro_batch == 4
+
+
+def test_many_ranks_hold_the_sums_of_all_their_tokens() -> None:
+    """fp32 partial sums of 64 ranks' tokens weigh more than the rows of 8 experts."""
+    dims = ParallelDims(world=64, ep=64)
+    tokens = 8 * 4096
+    of_one = activation_bytes(ONE.architecture, ParallelDims(), LayerType.moe, tokens, 4096)
+    of_many = activation_bytes(ONE.architecture, dims, LayerType.moe, tokens, 4096)
+    assert of_many > 64 * tokens * 2048 * (4 + 2) + of_one / 4

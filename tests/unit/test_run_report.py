@@ -65,7 +65,7 @@ def records_of(job: Job, summary: dict[str, Any] | None = None) -> Records:
         told = {
             "amax": {name: 2.0 for name in schedule.observed},
             "tokens": 128,
-            "seconds": {"read": 0.5},
+            "seconds": {"read stall": 0.5},
         }
         told |= (summary or {}) if schedule.layer == 1 else {}
         parts.append(PartRecord(SCALARS, (), told))

@@ -12,7 +12,13 @@ from pipeline.checkpoint.audit import AuditResult, audit
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.lock import WorkLock
 from pipeline.checkpoint.publish import prepare
-from pipeline.checkpoint.rehearsal import NOTE, check_counts, check_rehearsal, finish_rehearsal
+from pipeline.checkpoint.rehearsal import (
+    NOTE,
+    check_counts,
+    check_rehearsal,
+    finish_rehearsal,
+    mark_rehearsal,
+)
 from pipeline.checkpoint.safetensors_file import read_header
 from pipeline.checkpoint.source import read_json
 from pipeline.checkpoint.writer import FileRecord
@@ -32,7 +38,8 @@ def test_the_work_lies_in_the_report_s_directory(tmp_path: Path) -> None:
     with WorkLock(work):
         prepare(work)
         assert work.files.is_dir()
-        finish_rehearsal(work)
+        mark_rehearsal(work)
+    finish_rehearsal(work)
     assert [path.name for path in work.final.iterdir()] == [NOTE]
 
 

@@ -309,3 +309,25 @@ def test_records_survive_the_journal(tmp_path: Path) -> None:
         record = writer.open(NAME, {}).finish().result(20)
     assert FileRecord.from_json(record.to_json()) == record
     assert read_header(tmp_path / NAME) == {}
+
+
+@pytest.mark.parametrize("broken", ["write_all", "rename"])
+def test_an_unforeseen_error_on_the_write_lane_surfaces(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane that died would leave the run waiting forever."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(shard_writer, broken, fail)
+
+    def write() -> None:
+        with ShardWriter(tmp_path, threads=1) as writer:
+            file = writer.open(NAME, {"a": ("F32", (4,))})
+            file.put("a", torch.ones(4))
+            file.finish().result(timeout=20)
+
+    with pytest.raises(ValueError, match="odd"):
+        write()
+    assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,7 @@ def test_sizes_first_then_everything_else() -> None:
         "recipe mine",
         "layers 4: 2 mamba, 1 attention, 1 moe layout",
         "size 1,121 GB -> 352.3 GB, 5.03 bits per parameter",
-        "shards 12 files; KV cache fp8 (calibrated)",
+        "shards about 12 files; KV cache fp8 (calibrated)",
         "routed expert nvfp4 4-over-6 nvfp4 48 49,152 515.4 B 1,031 GB 289.9 GB",
         "norm bf16 1 8.2 k 16.4 kB 16.4 kB",
         "bias bf16 1 3 12 24 B 24 B",

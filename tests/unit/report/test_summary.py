@@ -91,9 +91,9 @@ def test_size_beside_the_plan(report):
     assert describe_size(report).endswith("+1,500 bytes off the plan")
 
 
-def test_phases_add_up_over_layers(report):
+def test_seconds_add_up_over_layers(report):
     assert layer_seconds(report) == pytest.approx(
-        {"read": 0.4, "pack": 1.6, "write": 0.8, "forward": 8.0}
+        {"waiting for the source": 0.4, "computing": 9.6, "waiting for the files": 0.8}
     )
 
 

@@ -32,7 +32,7 @@ def test_everything_is_said_in_80_columns(report):
         "1 saw no token: layer 3 expert 15",
         "10.30 % backbone.layers.3.mixer.experts.3.up_proj.weight",
         "sweep 1 min 05 s 97 %",
-        "read 0.4 s",
+        "waiting for the source 0.4 s",
         "world 2, tp 1, ep 2",
         "2.50 GB at most",
         "unmatched *vision*",

@@ -1,36 +1,18 @@
-"""Host memory that a GPU copies from and to without blocking, and a ring of it for what goes out.
+"""A ring of host memory for packed tensors on their way from a device to files.
 
-In: sizes. Out: uint8 tensors, page-locked where asked. torch's own pinned memory is rounded up to a
-power of two, which for a layer of tens of gigabytes wastes as much again; here ordinary memory is
-registered with CUDA instead.
+In: sizes. Out: places in page-locked memory, that come back when their bytes are written.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import deque
 
 import torch
 
 from pipeline.checkpoint.ring import ALIGNMENT, Ring, aligned
-
-
-def host_memory(nbytes: int, *, pinned: bool) -> torch.Tensor:
-    """A uint8 tensor [nbytes] on the host; page-locked for as long as the tensor itself lives.
-
-    Args:
-        nbytes: Size.
-        pinned: Whether it is page-locked (needs a CUDA device).
-    """
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    if pinned and nbytes:
-        memory.zero_()  # touches the pages
-        runtime = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), nbytes, 0)))
-        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
-    return memory
+from pipeline.runtime.pinned import host_memory
 
 
 class Place:

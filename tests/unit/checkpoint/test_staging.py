@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pipeline.checkpoint.host_memory import StagingRing, host_memory
+from pipeline.checkpoint.staging import StagingRing
+from pipeline.runtime.pinned import host_memory
 
 
 def test_memory_is_as_large_as_asked() -> None:
