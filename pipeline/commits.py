@@ -177,6 +177,9 @@ class Commits:
         summary: dict[str, object] = {}
         if run.reduced is not None:
             reduced = run.reduced.values()
+            if not all(bool(values.isfinite().all()) for values in reduced.values()):
+                for file in run.files:
+                    file.result()  # a copied weight that is at fault is named here
             refuse_nonfinite(list(run.observed), reduced, run.schedule.layer, self._ranks)
             tokens = reduced.pop("tokens_per_expert", None)
             summary = {
