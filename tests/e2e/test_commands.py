@@ -27,7 +27,8 @@ from tests.e2e.harness import GOLDEN, GOLDEN_SIZE, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml"))
-MODELS = ("demo", "nemotron3_nano", "nemotron3_super")
+SUPER = pytest.param("nemotron3_super", marks=pytest.mark.slow)
+MODELS = ("demo", "nemotron3_nano", SUPER)
 PLAN_KEYS = {"bf16_gb", "quantized_gb", "effective_bits", "per_rank", "refusals"}
 GOLDEN_JOB = (
     f"checkpoint={GOLDEN / 'source'}",
@@ -314,10 +315,7 @@ def test_verify_refuses_an_empty_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands_started_for_real(tmp_path: Path) -> None:
-    done = start("-m", "launch.plan", "model=demo", "output=json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) >= PLAN_KEYS
+def test_a_command_started_for_real(tmp_path: Path) -> None:
     done = start("-m", "launch.verify", tmp_path / "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -32,8 +32,16 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     }
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("recipe", ["mix", "all"])
+CASES = [
+    *((layout, "mix") for layout in LAYOUTS),
+    *(
+        pytest.param(layout, "all", marks=pytest.mark.slow)
+        for layout in ("dp2", "ep4", "tp2-etp2-ep2")
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "recipe"), CASES)
 def test_same_bytes_under_every_layout(
     layout: str, recipe: str, one_rank: dict[str, dict], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ Each rule is a function from a file's path (relative to the repository) and its 
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -19,6 +20,12 @@ MAX_FUNCTION_LINES = 70
 Rule = Callable[[str, str], list[str]]
 
 # ---- reading a source
+
+
+@functools.cache
+def parse(text: str) -> ast.Module:
+    """Every rule reads every file: each is parsed once."""
+    return ast.parse(text)
 
 
 def imported_names(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -77,7 +84,7 @@ def importers_of(*modules: str, only_in: tuple[str, ...]) -> Rule:
     def rule(path: str, text: str) -> list[str]:
         if path.startswith(only_in):
             return []
-        tree = ast.parse(text)
+        tree = parse(text)
         used = {*imported_names(path, tree), *attribute_chains(tree)}
         return [
             f"{line}: uses {module}, which belongs in {' and '.join(only_in)}"
@@ -92,7 +99,7 @@ def nvfp4_knows_tensors_only(path: str, text: str) -> list[str]:
     if not path.startswith("pipeline/nvfp4/"):
         return []
     faults = []
-    for line, name in imported_names(path, ast.parse(text)):
+    for line, name in imported_names(path, parse(text)):
         ours = is_within(name, "pipeline.nvfp4") or is_within(name, "pipeline.errors")
         if not (ours or top_level(name) in {"torch", "triton", *sys.stdlib_module_names}):
             faults.append(f"{line}: pipeline/nvfp4 imports {name}")
@@ -102,7 +109,7 @@ def nvfp4_knows_tensors_only(path: str, text: str) -> list[str]:
 def no_print(path: str, text: str) -> list[str]:
     return [
         f"{node.lineno}: print; use logging or a rich console"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parse(text))
         if isinstance(node, ast.Call) and dotted(node.func) in {"print", "builtins.print"}
     ]
 
@@ -114,7 +121,7 @@ def no_patching(path: str, text: str) -> list[str]:
     """
     if path.startswith("pipeline/mcore/"):
         return []
-    tree = ast.parse(text)
+    tree = parse(text)
     foreign = third_party_bindings(tree)
     faults = []
     for node in ast.walk(tree):
@@ -149,7 +156,7 @@ def third_party_bindings(tree: ast.AST) -> set[str]:
 
 
 def opens_with_docstring(path: str, text: str) -> list[str]:
-    if ast.get_docstring(ast.parse(text)):
+    if ast.get_docstring(parse(text)):
         return []
     return ["1: no docstring that says what the file is for"]
 
@@ -157,7 +164,7 @@ def opens_with_docstring(path: str, text: str) -> list[str]:
 def lengths(path: str, text: str) -> list[str]:
     lines = text.count("\n")
     faults = [f"1: {lines} lines, more than {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
