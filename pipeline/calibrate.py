@@ -23,10 +23,18 @@ from pipeline.calibration.loss import check_loss
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.lock import WorkLock
 from pipeline.checkpoint.publish import prepare
+from pipeline.checkpoint.staging import StagingRing
 from pipeline.commits import SCALARS, ScalarSettings
-from pipeline.config import CalibrateConfig, Kernels
+from pipeline.config import CalibrateConfig
 from pipeline.packing import LayerPacker
-from pipeline.preparation import Place, Prepared, fingerprint, load_tokens, prepare_run
+from pipeline.preparation import (
+    Place,
+    Prepared,
+    fingerprint,
+    load_tokens,
+    packing_backend,
+    prepare_run,
+)
 from pipeline.publication import publish_rehearsal, publish_run
 from pipeline.report.metrics import MetricsWriter
 from pipeline.report.records import RunReport
@@ -56,6 +64,20 @@ def calibrate(
     """
     clock = time.monotonic()
     prepared = prepare_run(config, conf_dir, place)
+    try:
+        return _run(config, conf_dir, place, prepared, resolved_config, clock)
+    finally:
+        prepared.ahead.stop()
+
+
+def _run(
+    config: CalibrateConfig,
+    conf_dir: Path,
+    place: Place,
+    prepared: Prepared,
+    resolved_config: str,
+    clock: float,
+) -> RunReport | None:
     forward = prepared.job.resolution.needs_forward
     tokens = load_tokens(config, conf_dir, prepared) if forward and place.rank == 0 else None
     ranks, groups = _connect(config, prepared, place)
@@ -91,7 +113,14 @@ def _sweep(
 ) -> None:
     """Visits every layer and measures the loss; metrics.jsonl grows meanwhile."""
     clock = time.monotonic()
+    memory, staging = prepared.plan.memory, None
+    assert memory is not None
+    if ranks.device.type == "cuda":
+        staging = StagingRing(memory.staging, pinned=True)
+    prepared.ahead.wait()  # also for its device memory
+    barrier(ranks.world)  # every rank of a node finds the kernels
     sweep = _make_sweep(config, prepared, journal, ranks, groups, tokens)
+    sweep.staging = staging
     phases["set up"], clock = time.monotonic() - clock, time.monotonic()
     with MetricsWriter(prepared.work.metrics) if ranks.rank == 0 else nullcontext() as metrics:
         sweep.progress.record = None if metrics is None else metrics.write
@@ -132,10 +161,7 @@ def _make_sweep(
     if token_ids is not None:
         slots, store = _make_slots(config, prepared, ranks, groups, token_ids)
     tokens = 0 if token_ids is None else token_ids.numel()
-    triton = config.kernels is Kernels.triton
-    if config.kernels is Kernels.auto:
-        triton = ranks.device.type == "cuda"
-    backend = "triton" if triton else "reference"
+    backend = packing_backend(config, ranks.device)
     largest = max(rank.read_ahead_gb for rank in prepared.plan.per_rank)
     return Sweep(
         job=job,
@@ -154,7 +180,6 @@ def _make_sweep(
             read_threads=config.read_threads,
             write_threads=config.write_threads,
             read_ahead_bytes=round((config.read_ahead_gb or largest) * 1e9),
-            staging_bytes=memory.staging,
         ),
         progress=Progress(
             len(job.schedules),

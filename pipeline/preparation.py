@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from pipeline.checkpoint.rehearsal import check_rehearsal
 from pipeline.checkpoint.source import FileSource, Source, open_source
 from pipeline.checkpoint.source_check import SourceCheck, check_source
 from pipeline.checkpoint.synthetic import SyntheticSource, random_token_ids
+from pipeline.compile_ahead import CompileAhead
 from pipeline.config import CalibrateConfig, ComputeDtype, Device, Kernels, data_sources
 from pipeline.errors import ConfigError, LayersweepError
 from pipeline.job import Job, StoredTensor, build_job, estimate_stored, find_refusals
@@ -65,6 +66,7 @@ class Prepared:
         work: Where it works, and what it will publish.
         device: Of this rank.
         dtype: Compute dtype of the forward pass.
+        ahead: Compiles kernels meanwhile.
     """
 
     source: Source
@@ -73,6 +75,7 @@ class Prepared:
     work: WorkDirectory
     device: torch.device
     dtype: torch.dtype
+    ahead: CompileAhead = field(default_factory=CompileAhead)
 
 
 def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepared:
@@ -84,13 +87,35 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     device = _device(config, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # first: Model Optimizer's import opens a CUDA context
-    source, architecture, stored = _open_source(config, conf_dir, device)
-    work = _check_output(config, source)
+    opened = _open_source(config, conf_dir, device)
+    work = _check_output(config, opened.source)
+    ahead = _compile_ahead(config, opened, place, device)
+    try:
+        prepared = _decide(config, conf_dir, opened, work, place, device, ahead)
+    except BaseException:
+        ahead.stop()
+        raise
     if place.rank == 0:
-        logger.info("source  %s", source.location)  # before Model Optimizer's slow import
+        _announce(prepared, config)
+    return prepared
+
+
+def _decide(
+    config: CalibrateConfig,
+    conf_dir: Path,
+    opened: _Opened,
+    work: WorkDirectory,
+    place: Place,
+    device: torch.device,
+    ahead: CompileAhead,
+) -> Prepared:
+    """The job and its plan, or everything that is wrong with them."""
+    if place.rank == 0:
+        logger.info("source  %s", opened.source.location)  # before Model Optimizer's slow import
     recipe = load_recipe(config.recipe, conf_dir / "recipe")
-    dims = config.parallel.dims(place.world, architecture.n_routed_experts)
-    job = build_job(architecture, dims, recipe, stored)
+    dims = config.parallel.dims(place.world, opened.architecture.n_routed_experts)
+    job = build_job(opened.architecture, dims, recipe, opened.stored)
+    ahead.pack(job, compare_to_max=config.compare_to_max, backend=packing_backend(config, device))
     refusals = find_refusals(job, config.calibration.seq_len)
     if job.resolution.needs_forward and config.data is None and not config.is_synthetic:
         refusals.append(
@@ -103,21 +128,25 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
         )
     if refusals:
         raise _join(refusals)
-    dtype, ahead = _compute_dtype(config, device), config.read_ahead_gb
+    dtype, read_ahead = _compute_dtype(config, device), config.read_ahead_gb
     plan = make_plan(
         job,
         num_sequences=config.calibration.num_sequences,
         seq_len=config.calibration.seq_len,
         compute_bytes=dtype.itemsize,
         memory=_memory_wish(config, device),
-        read_ahead_bytes=None if ahead is None else round(ahead * 1e9),
+        read_ahead_bytes=None if read_ahead is None else round(read_ahead * 1e9),
     )
     if plan.refusals:  # what the plan alone finds: it does not fit into the device
         raise LayersweepError("\n  - ".join(plan.refusals))
-    prepared = Prepared(source, job, plan, work, device, dtype)
-    if place.rank == 0:
-        _announce(prepared, config)
-    return prepared
+    return Prepared(opened.source, job, plan, work, device, dtype, ahead)
+
+
+def packing_backend(config: CalibrateConfig, device: torch.device) -> str:
+    """Name of what packs, of `pipeline.nvfp4.backends`."""
+    if config.kernels is Kernels.auto:
+        return "triton" if device.type == "cuda" else "reference"
+    return str(config.kernels.value)
 
 
 def stored_tensors(source: FileSource, checked: SourceCheck) -> dict[str, StoredTensor]:
@@ -176,22 +205,45 @@ def fingerprint(
     }
 
 
-def _open_source(
-    config: CalibrateConfig, conf_dir: Path, device: torch.device
-) -> tuple[Source, Architecture, dict[str, StoredTensor]]:
+class _Opened(NamedTuple):
     """The checkpoint, or made-up weights; its shape; its tensors by logical name."""
+
+    source: Source
+    architecture: Architecture
+    stored: dict[str, StoredTensor]
+
+
+def _open_source(config: CalibrateConfig, conf_dir: Path, device: torch.device) -> _Opened:
     if not config.is_synthetic:
         source = open_source(config.checkpoint)
         architecture = Architecture.from_hf_config(source.config)
         checked = check_source(source, architecture, cast=config.cast)
-        return source, architecture, stored_tensors(source, checked)
+        return _Opened(source, architecture, stored_tensors(source, checked))
     assert config.model is not None
     values = read_model_config(config.model, conf_dir)
     architecture = Architecture.from_hf_config(values)
     stored = estimate_stored(architecture)
     seed = config.synthetic_seed
     made_up = SyntheticSource(config.model, values, stored, seed=seed, device=device)
-    return made_up, architecture, stored
+    return _Opened(made_up, architecture, stored)
+
+
+def _compile_ahead(
+    config: CalibrateConfig, opened: _Opened, place: Place, device: torch.device
+) -> CompileAhead:
+    """One process for all ranks of a node: they share a home directory, hence a cache."""
+    if device.type != "cuda" or place.local_rank:
+        return CompileAhead()
+    dims = config.parallel.dims(place.world, opened.architecture.n_routed_experts)
+    return CompileAhead.start(
+        opened.source.config,
+        opened.stored,
+        device=device,
+        dtype=_compute_dtype(config, device),
+        seq_len=config.calibration.seq_len,
+        sums_in_fp32=dims.tp * dims.ep > 1,
+        fills=config.is_synthetic,
+    )
 
 
 def _check_output(config: CalibrateConfig, source: Source) -> WorkDirectory:

@@ -59,7 +59,6 @@ class SweepSettings:
         read_threads: Threads that read the source.
         write_threads: Files that are written at a time.
         read_ahead_bytes: Host buffer of the read-ahead.
-        staging_bytes: Host memory that packed tensors pass through; unused on a CPU.
     """
 
     scalars: ScalarSettings
@@ -69,7 +68,6 @@ class SweepSettings:
     read_threads: int = 2
     write_threads: int = 1
     read_ahead_bytes: int = 2**28
-    staging_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -87,6 +85,7 @@ class Sweep:
         store: The hidden store; None likewise.
         settings: The rest.
         progress: Speaks to the user.
+        staging: Host memory that packed tensors pass through; None on a CPU.
     """
 
     job: Job
@@ -99,6 +98,7 @@ class Sweep:
     store: HiddenStore | None
     settings: SweepSettings
     progress: Progress
+    staging: StagingRing | None = None
 
     def __post_init__(self) -> None:
         """The lane of packing, and what is on its way to the journal."""
@@ -131,9 +131,6 @@ class Sweep:
         ) as writer:
             if OUTER not in committed:
                 self.commits.add_outer(OUTER, self._write_outer(writer))
-            staging = None
-            if self.ranks.device.type == "cuda":
-                staging = StagingRing(settings.staging_bytes, pinned=True)
             slots: Mapping[LayerType, Loadable] = self.slots or self._buffers()
             requests = [self._requests(schedule) for schedule in visited]
             feed = self._feed(requests)
@@ -147,7 +144,7 @@ class Sweep:
                         self.lane,
                         filler=filler,
                         writer=writer,
-                        staging=staging,
+                        staging=self.staging,
                         slot=None if self.slots is None else self.slots[schedule.layer_type],
                         store=self.store,
                         copies=self._copies_of(schedule),

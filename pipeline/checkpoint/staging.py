@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 
@@ -31,10 +33,17 @@ class Place:
         self._ring.release(self)
 
 
+def _allocate(nbytes: int, device: int | None) -> torch.Tensor:
+    """Host memory, locked for a device: a thread of its own would be on the first one."""
+    with nullcontext() if device is None else torch.cuda.device(device):
+        return host_memory(nbytes, pinned=device is not None)
+
+
 class StagingRing:
     """Host memory for packed tensors on their way to files; threads may share it.
 
-    Places may be released in any order; their memory is used again in the order of taking.
+    Places may be released in any order; their memory is used again in the order of taking. Locking
+    the pages takes seconds: a thread does it, and the first to ask for a place waits for it.
 
     Args:
         nbytes: Size of all of it.
@@ -43,7 +52,10 @@ class StagingRing:
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         size = max(aligned(nbytes), ALIGNMENT)
-        self._memory = host_memory(size, pinned=pinned)
+        allocator = ThreadPoolExecutor(1, "staging")
+        device = torch.cuda.current_device() if pinned else None
+        self._memory = allocator.submit(_allocate, size, device)
+        allocator.shutdown(wait=False)
         self._ring = Ring(size)
         self._taken: deque[Place] = deque()
         self._changed = threading.Condition()
@@ -55,11 +67,12 @@ class StagingRing:
         `waited_s` grows by the time spent here.
         """
         start = time.monotonic()
+        memory = self._memory.result()
         with self._changed:
             while (offset := self._ring.take(nbytes)) is None:
                 self._changed.wait()
             self.waited_s += time.monotonic() - start
-            place = Place(self._memory[offset : offset + nbytes], self)
+            place = Place(memory[offset : offset + nbytes], self)
             self._taken.append(place)
             return place
 

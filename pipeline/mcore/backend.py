@@ -32,6 +32,7 @@ class Groups:
         ep: Ranks that hold other routed experts.
         etp: Ranks that cut the same routed experts.
         edp: Ranks that hold the same shards of routed experts.
+        experts: Ranks that together hold all routed experts.
     """
 
     dims: ParallelDims
@@ -43,6 +44,7 @@ class Groups:
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
+    experts: dist.ProcessGroup
 
 
 def start(
@@ -83,7 +85,9 @@ def start(
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
-    return _collect_groups(dims, rank)
+    groups = _collect_groups(dims, rank)
+    _connect(groups, device)
+    return groups
 
 
 def stop() -> None:
@@ -92,6 +96,20 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     cpu.remove()
+
+
+def _connect(groups: Groups, device: torch.device) -> None:
+    """Every kind of collective once in every group: NCCL makes its connections at the first."""
+    for group in dict.fromkeys((groups.world, groups.tp, groups.etp, groups.experts)):
+        size = group.size()
+        if size == 1:
+            continue
+        whole, part = torch.zeros(size, device=device), torch.zeros(1, device=device)
+        dist.all_reduce(whole, group=group)
+        dist.all_gather_into_tensor(whole, part, group=group)
+        dist.reduce_scatter_tensor(part, whole, group=group)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _drop_groups() -> None:
@@ -156,4 +174,5 @@ def _collect_groups(dims: ParallelDims, rank: int) -> Groups:
         ep=state.get_expert_model_parallel_group(),
         etp=state.get_expert_tensor_parallel_group(),
         edp=state.get_expert_data_parallel_group(),
+        experts=state.get_expert_tensor_and_model_parallel_group(),
     )

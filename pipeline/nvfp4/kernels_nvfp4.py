@@ -153,7 +153,11 @@ def _statistics(sums: Tensor, blocks_per_matrix: int, compare: bool) -> WeightSt
     )
 
 
-@triton.jit(do_not_specialize=["matrix_stride", "blocks_per_matrix", "programs"])
+@triton.jit(
+    do_not_specialize=["matrix_stride", "blocks_per_matrix", "programs"],
+    # A chunk of a layer's experts begins anywhere: no second kernel for that.
+    do_not_specialize_on_alignment=["amax_ptr", "tensor_scale_ptr", "scale_of_max_ptr"],
+)
 def _pack_kernel(
     weight_ptr,
     amax_ptr,

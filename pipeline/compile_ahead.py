@@ -1,0 +1,170 @@
+"""Has kernels compiled by a process beside this one, while this one imports, checks and plans.
+
+In: the model, later the recipe's formats. Out: `wait` returns once Triton's cache on disk holds the
+kernels. Compiling takes some ten seconds where the cache is empty, on a fresh container or node;
+the imports and the plan of a large model take longer. Nothing depends on it: what was not compiled
+by then is compiled when it is first used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from pipeline.architecture import Architecture, LayerType, layer_tensors
+from pipeline.job import Job, StoredTensor
+from pipeline.nvfp4.formats import Format
+from pipeline.recipe.records import ModuleFormat
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 60.0
+_DTYPES = {"F32": "float32", "F16": "float16"}
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class CompileAhead:
+    """The process that compiles; without a GPU, or on all but one rank of a node, there is none."""
+
+    def __init__(
+        self, process: subprocess.Popen[str] | None = None, faults: IO[str] | None = None
+    ) -> None:
+        self._process, self._faults = process, faults
+        self._begun = time.monotonic()
+
+    @classmethod
+    def start(
+        cls,
+        config: Mapping[str, Any],
+        stored: Mapping[str, StoredTensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        seq_len: int,
+        sums_in_fp32: bool,
+        fills: bool,
+    ) -> CompileAhead:
+        """Starts it, for the layers of a model.
+
+        Args:
+            config: The model's config.json.
+            stored: The source's tensors by logical name.
+            device: A GPU of this process.
+            dtype: Compute dtype.
+            seq_len: Length of a calibration sequence.
+            sums_in_fp32: Whether several ranks share the experts.
+            fills: Whether weights are made up on the device.
+        """
+        architecture = Architecture.from_hf_config(config)
+        first: dict[LayerType, int] = {}
+        for layer, layer_type in enumerate(architecture.layers):
+            first.setdefault(layer_type, layer)
+        names = [s.name for layer in first.values() for s in layer_tensors(architecture, layer)]
+        request = {
+            "config": dict(config),
+            "layers": list(first.values()),
+            "sums_in_fp32": sums_in_fp32,
+            "dtypes": {
+                name: _DTYPES[stored[name].dtype] for name in names if _is_other(stored[name])
+            },
+            "device": str(device),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "seq_len": seq_len,
+            "fills": fills,
+        }
+        faults = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `_end`
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "pipeline.mcore.compile_kernels"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=faults,
+            text=True,
+            cwd=_ROOT,
+        )
+        ahead = cls(process, faults)
+        ahead._ask(request)
+        return ahead
+
+    def pack(self, job: Job, *, compare_to_max: bool, backend: str) -> None:
+        """Asks for the kernels that pack in the job's formats, and for nothing after them."""
+        if self._process is None:
+            return
+        formats = list(_formats_of(job))
+        fp8 = [f for f in formats if f.weight_format is Format.fp8]
+        methods = {f.weight_method.value for f in formats if f.weight_method is not None}
+        self._ask(
+            {
+                "methods": sorted(methods),
+                "compare_to_max": compare_to_max,
+                "fp8": bool(fp8),
+                "multipliers": sorted({f.fp8_multipliers for f in fp8 if f.fp8_multipliers}),
+                "backend": backend,
+            }
+        )
+
+    def wait(self) -> None:
+        """Returns once everything is compiled, or cannot be, or takes too long."""
+        if self._process is None:
+            return
+        waiting = time.monotonic()
+        try:
+            self._process.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        now = time.monotonic()
+        if self._process.wait() == 0:
+            logger.debug(
+                "kernels compiled ahead in %.1f s, %.1f s of them waited for",
+                now - self._begun,
+                now - waiting,
+            )
+        else:
+            logger.warning(
+                "kernels could not be compiled ahead (%s): the first layers take longer",
+                self._last_words() or f"status {self._process.returncode}",
+            )
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends it, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        if self._faults is not None:
+            self._faults.close()
+        self._process = self._faults = None
+
+    def _ask(self, request: Mapping[str, Any]) -> None:
+        """Hands over a request; short, for the pipe must hold it until it is read."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it failed, and `wait` says why
+
+    def _last_words(self) -> str:
+        assert self._faults is not None
+        self._faults.seek(0)
+        lines = self._faults.read().strip().splitlines()
+        return lines[-1] if lines else ""
+
+
+def _is_other(tensor: StoredTensor) -> bool:
+    return tensor.dtype != "BF16"
+
+
+def _formats_of(job: Job) -> Iterable[ModuleFormat]:
+    for schedule in job.schedules:
+        yield from (item.module_format for item in schedule.dense)
+        yield from schedule.experts.values()
