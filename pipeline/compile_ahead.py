@@ -3,7 +3,7 @@
 In: the model, later the recipe's formats. Out: `wait` returns once Triton's cache on disk holds the
 kernels. Compiling takes some ten seconds where the cache is empty, on a fresh container or node;
 the imports and the plan of a large model take longer. Nothing depends on it: what was not compiled
-by then is compiled when it is first used.
+by then, or differs because TP or ETP cut it, is compiled when it is first used.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import torch
 
-from pipeline.architecture import Architecture, LayerType, layer_tensors
+from pipeline.architecture import Architecture, LayerType, TensorSpec, layer_tensors
 from pipeline.job import Job, StoredTensor
 from pipeline.nvfp4.formats import Format
 from pipeline.recipe.records import ModuleFormat
+from pipeline.runtime.child import start_module
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
 _DTYPES = {"F32": "float32", "F16": "float16"}
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 class CompileAhead:
@@ -68,30 +66,32 @@ class CompileAhead:
         first: dict[LayerType, int] = {}
         for layer, layer_type in enumerate(architecture.layers):
             first.setdefault(layer_type, layer)
-        names = [s.name for layer in first.values() for s in layer_tensors(architecture, layer)]
         request = {
             "config": dict(config),
             "layers": list(first.values()),
             "sums_in_fp32": sums_in_fp32,
             "dtypes": {
-                name: _DTYPES[stored[name].dtype] for name in names if _is_other(stored[name])
+                name: _DTYPES[stored[name].dtype]
+                for layer in first.values()
+                for name in _distinct(layer_tensors(architecture, layer))
+                if name in stored and stored[name].dtype in _DTYPES
             },
             "device": str(device),
             "compute_dtype": str(dtype).removeprefix("torch."),
             "seq_len": seq_len,
             "fills": fills,
         }
-        faults = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `_end`
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "pipeline.mcore.compile_kernels"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=faults,
-            text=True,
-            cwd=_ROOT,
-        )
-        ahead = cls(process, faults)
-        ahead._ask(request)
+        try:
+            faults = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, `stop` closes it
+            ahead = cls(start_module("pipeline.mcore.compile_kernels", faults), faults)
+        except OSError as problem:
+            logger.warning("kernels are not compiled ahead: %s", problem)
+            return cls()
+        try:
+            ahead._ask(request)
+        except BaseException:
+            ahead.stop()
+            raise
         return ahead
 
     def pack(self, job: Job, *, compare_to_max: bool, backend: str) -> None:
@@ -115,11 +115,12 @@ class CompileAhead:
         """Returns once everything is compiled, or cannot be, or takes too long."""
         if self._process is None:
             return
-        waiting = time.monotonic()
+        waiting, fault = time.monotonic(), ""
         try:
             self._process.communicate(timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            fault = f"it took longer than {_PATIENCE_S:.0f} s"
         now = time.monotonic()
         if self._process.wait() == 0:
             logger.debug(
@@ -130,7 +131,7 @@ class CompileAhead:
         else:
             logger.warning(
                 "kernels could not be compiled ahead (%s): the first layers take longer",
-                self._last_words() or f"status {self._process.returncode}",
+                fault or self._last_words() or f"status {self._process.returncode}",
             )
         self.stop()
 
@@ -150,7 +151,7 @@ class CompileAhead:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:
             pass  # it failed, and `wait` says why
 
     def _last_words(self) -> str:
@@ -160,8 +161,9 @@ class CompileAhead:
         return lines[-1] if lines else ""
 
 
-def _is_other(tensor: StoredTensor) -> bool:
-    return tensor.dtype != "BF16"
+def _distinct(specs: Sequence[TensorSpec]) -> Iterable[str]:
+    """Names, of the routed experts those of the first: all are stored alike."""
+    return (spec.name for spec in specs if not spec.is_routed_expert or spec.expert == 0)
 
 
 def _formats_of(job: Job) -> Iterable[ModuleFormat]:

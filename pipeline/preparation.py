@@ -92,11 +92,11 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     ahead = _compile_ahead(config, opened, place, device)
     try:
         prepared = _decide(config, conf_dir, opened, work, place, device, ahead)
+        if place.rank == 0:
+            _announce(prepared, config)
     except BaseException:
         ahead.stop()
         raise
-    if place.rank == 0:
-        _announce(prepared, config)
     return prepared
 
 
@@ -111,11 +111,16 @@ def _decide(
 ) -> Prepared:
     """The job and its plan, or everything that is wrong with them."""
     if place.rank == 0:
-        logger.info("source  %s", opened.source.location)  # before Model Optimizer's slow import
+        logger.info("source  %s", opened.source.location)
+        logger.info("recipe  %s: importing Model Optimizer to read it", config.recipe)
     recipe = load_recipe(config.recipe, conf_dir / "recipe")
     dims = config.parallel.dims(place.world, opened.architecture.n_routed_experts)
     job = build_job(opened.architecture, dims, recipe, opened.stored)
-    ahead.pack(job, compare_to_max=config.compare_to_max, backend=packing_backend(config, device))
+    if job.resolution.needs_forward:
+        backend = packing_backend(config, device)
+        ahead.pack(job, compare_to_max=config.compare_to_max, backend=backend)
+    else:
+        ahead.stop()  # most of what it compiles would not be used
     refusals = find_refusals(job, config.calibration.seq_len)
     if job.resolution.needs_forward and config.data is None and not config.is_synthetic:
         refusals.append(
@@ -241,7 +246,7 @@ def _compile_ahead(
         device=device,
         dtype=_compute_dtype(config, device),
         seq_len=config.calibration.seq_len,
-        sums_in_fp32=dims.tp * dims.ep > 1,
+        sums_in_fp32=dims.etp * dims.ep > 1,
         fills=config.is_synthetic,
     )
 

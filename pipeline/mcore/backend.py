@@ -99,7 +99,7 @@ def stop() -> None:
 
 
 def _connect(groups: Groups, device: torch.device) -> None:
-    """Every kind of collective once in every group: NCCL makes its connections at the first."""
+    """The sweep's collectives once in the groups it uses: NCCL connects at the first of a kind."""
     for group in dict.fromkeys((groups.world, groups.tp, groups.etp, groups.experts)):
         size = group.size()
         if size == 1:

@@ -2,15 +2,18 @@
 
 In: lines of JSON on stdin: first the model (`Request`), later the recipe's formats. Out: Triton's
 cache on disk, warm; nothing else. One layer of each type runs over a few made-up tokens, so
-that kernels are compiled for the very widths, strides and dtypes that the sweep will use. The
-process that started this one goes on without it if it fails; it ends when stdin does.
+that kernels are compiled for the widths, strides and dtypes that the sweep will use (on one rank;
+where ETP cuts the experts' width, their products are compiled again). The process that started
+this one goes on without it if it fails; it ends with that process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TextIO
@@ -97,7 +100,8 @@ def compile_layers(request: Request, device: torch.device) -> None:
     )
 
     def read(spec: TensorSpec, shard: Shard) -> torch.Tensor:
-        source = getattr(torch, request.dtypes.get(spec.name, "bfloat16"))
+        name = re.sub(r"\.experts\.\d+\.", ".experts.0.", spec.name)
+        source = getattr(torch, request.dtypes.get(name, "bfloat16"))
         return torch.zeros(shard.shape, dtype=source, device=device)
 
     def run(layer: int) -> None:
@@ -109,7 +113,7 @@ def compile_layers(request: Request, device: torch.device) -> None:
             slot.forward(hidden, tap)
 
     # The compiler and the assembler leave the interpreter to other threads.
-    with ThreadPoolExecutor(len(request.layers) + 1) as threads:
+    with _threads(device) as threads:
         runs = [threads.submit(run, layer) for layer in request.layers]
         if request.fills:
             runs.append(threads.submit(_fill, device))
@@ -126,7 +130,7 @@ def compile_packing(formats: Formats, device: torch.device) -> None:
     packs = get_backend(formats.backend)
     weight = torch.ones(_EXPERTS, _ROWS, _COLUMNS, dtype=torch.bfloat16, device=device)
     amax = packs.tensor_amax(weight)
-    with ThreadPoolExecutor() as threads:
+    with _threads(device) as threads:
         runs: list[Future[Any]] = [
             threads.submit(_pack, packs, weight, amax, WeightMethod(method), formats.compare_to_max)
             for method in formats.methods
@@ -184,12 +188,24 @@ def _fill(device: torch.device) -> None:
         fill_normal(target, keys, window, standard_deviation=0.02, is_bf16=is_bf16)
 
 
+def _threads(device: torch.device) -> ThreadPoolExecutor:
+    """Threads on the device: one of its own would be on the first."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor()
+    return ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,))
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
-    main(sys.stdin)
+    try:
+        main(sys.stdin)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     # NCCL and CUDA take some ten seconds to say goodbye; the system does it at once.
     os._exit(0)
