@@ -1,7 +1,7 @@
 """What the entry points share: where conf/ lies, this process's place, errors to exit statuses.
 
-Exit statuses: 0 done, 1 the audit found problems, 2 refused (the message says why), 3 an
-unexpected fault (with a traceback).
+Exit statuses: 0 done, 1 the audit found problems or a gate was missed, 2 refused (the message says
+why), 3 an unexpected fault (with a traceback).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pipeline.config import register_schemas
@@ -25,6 +27,7 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 JOBS_DIR = CONF_DIR / "job"
 
 AUDIT_FAILED, REFUSED, FAULT, INTERRUPTED = 1, 2, 3, 130
+GATE_MISSED = 1
 
 # Other ranks than 0 wait this long before they report: rank 0 usually fails for the same reason
 # and says so, and the launcher then ends the others, so that the user reads one message.
@@ -52,17 +55,21 @@ def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
     # Segments of device memory that grow: layers of different kinds then share what is cached.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     register_schemas(CONF_DIR)
-    composed_well = False
+    composed_well, statuses = False, []
 
     @hydra.main(version_base=None, config_path=str(JOBS_DIR), config_name=job)
     def compose(composed: DictConfig) -> None:
         nonlocal composed_well
         composed_well = True
         place = place_of_process()
-        run(lambda: action(composed, place), place)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            statuses.append(attempt(lambda: action(composed, place), place))
+        else:
+            run(lambda: action(composed, place), place)
 
     try:
         compose()
+        sys.exit(max(statuses, default=0))  # of a multirun, the worst
     except SystemExit as end:
         # Hydra itself says what is wrong with an option, and exits with 1.
         sys.exit(REFUSED if end.code == 1 and not composed_well else end.code)
@@ -83,6 +90,14 @@ def place_of_process() -> Place:
 
 def run(action: Callable[[], int], place: Place) -> None:
     """Calls `action`, reports what goes wrong, and exits with its status."""
+    status = attempt(action, place)
+    if status and place.world > 1:
+        os._exit(status)  # no waiting for collectives that other ranks will never join
+    sys.exit(status)
+
+
+def attempt(action: Callable[[], int], place: Place) -> int:
+    """Calls `action`, reports what goes wrong, and returns its status."""
     try:
         status = action()
     except LayersweepError as error:
@@ -101,9 +116,7 @@ def run(action: Callable[[], int], place: Place) -> None:
         status = _report_fault(error, place)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and place.world > 1:
-        os._exit(status)  # no waiting for collectives that other ranks will never join
-    sys.exit(status)
+    return status
 
 
 def _report_fault(error: Exception, place: Place) -> int:

@@ -7,18 +7,13 @@ the ranks connect; everything after that can be started again with the same comm
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.architecture import LayerType
-from pipeline.calibration.hidden import HiddenStore
+from pipeline.assembly import agree_on_memory, connect, make_evaluation, make_slots
 from pipeline.calibration.loss import check_loss
 from pipeline.checkpoint.journal import Journal
 from pipeline.checkpoint.lock import WorkLock
@@ -31,17 +26,17 @@ from pipeline.preparation import (
     Place,
     Prepared,
     fingerprint,
-    load_tokens,
     packing_backend,
     prepare_run,
 )
 from pipeline.publication import publish_rehearsal, publish_run
+from pipeline.reading import Reading
 from pipeline.report.metrics import MetricsWriter
 from pipeline.report.records import RunReport
-from pipeline.runtime.collectives import Ranks, barrier, broadcast_object, gather_objects
+from pipeline.runtime.collectives import Ranks, barrier, broadcast_object
 from pipeline.runtime.progress import Progress
 from pipeline.sweep import LOSS, Sweep, SweepSettings
-from pipeline.weights import LayerSlot
+from pipeline.tokens import TokenIds, load_tokens
 
 __all__ = ["Place", "calibrate"]
 
@@ -79,16 +74,20 @@ def _run(
     clock: float,
 ) -> RunReport | None:
     forward = prepared.job.resolution.needs_forward
-    tokens = load_tokens(config, conf_dir, prepared) if forward and place.rank == 0 else None
-    ranks, groups = _connect(config, prepared, place)
-    prepared = _agree_on_memory(prepared, ranks)
+    tokens = None
+    if forward and place.rank == 0:
+        vocab_size = prepared.job.architecture.vocab_size
+        tokens = load_tokens(config, conf_dir, prepared.source, vocab_size)
+    ranks, groups = connect(config, prepared, place, forward=forward)
+    prepared = agree_on_memory(prepared, ranks)
     if forward:
         tokens = broadcast_object(tokens, ranks.world)
     journal = Journal(prepared.work.journal, prepared.work.files, discard=config.discards_output)
     with WorkLock(prepared.work) if place.rank == 0 else nullcontext():
         if place.rank == 0:
             prepare(prepared.work)
-            if journal.start(fingerprint(config, prepared, tokens)):
+            calibration = None if tokens is None else tokens.calibration
+            if journal.start(fingerprint(config, prepared, calibration)):
                 logger.info("going on with the unfinished run in %s", prepared.work.root)
         barrier(ranks.world)
         phases = {"prepare": time.monotonic() - clock}
@@ -99,7 +98,13 @@ def _run(
             # The loss of made-up weights says nothing.
             _check_loss(journal, allow_bad_loss=config.allow_bad_loss or config.is_synthetic)
         publish = publish_rehearsal if config.discards_output else publish_run
-        return publish(prepared, journal, resolved_config=resolved_config, phases=phases)
+        return publish(
+            prepared,
+            journal,
+            resolved_config=resolved_config,
+            phases=phases,
+            asked=config.evaluation,
+        )
 
 
 def _sweep(
@@ -108,7 +113,7 @@ def _sweep(
     journal: Journal,
     ranks: Ranks,
     groups: Any,
-    tokens: torch.Tensor | None,
+    tokens: TokenIds | None,
     phases: dict[str, float],
 ) -> None:
     """Visits every layer and measures the loss; metrics.jsonl grows meanwhile."""
@@ -127,17 +132,9 @@ def _sweep(
         sweep.run()
         phases["sweep"], clock = time.monotonic() - clock, time.monotonic()
         if tokens is not None:
-            sweep.measure_loss(config.calibration.loss_sequences)
+            sweep.measure(config.calibration.loss_sequences)
     barrier(ranks.world)
-    phases["loss"] = time.monotonic() - clock
-
-
-def _agree_on_memory(prepared: Prepared, ranks: Ranks) -> Prepared:
-    """The plan of the rank with the least memory, for all: they must make the same calls."""
-    plans = gather_objects(prepared.plan.memory, ranks.world)
-    least = min(plans, key=lambda p: (not p.hidden_on_host, p.micro_batch)) if plans else None
-    memory = broadcast_object(least, ranks.world)
-    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, memory=memory))
+    phases["measure"] = time.monotonic() - clock
 
 
 def _check_loss(journal: Journal, *, allow_bad_loss: bool) -> None:
@@ -153,15 +150,20 @@ def _make_sweep(
     journal: Journal,
     ranks: Ranks,
     groups: Any,
-    token_ids: torch.Tensor | None,
+    tokens: TokenIds | None,
 ) -> Sweep:
     job, memory = prepared.job, prepared.plan.memory
     assert memory is not None
-    slots, store = None, None
-    if token_ids is not None:
-        slots, store = _make_slots(config, prepared, ranks, groups, token_ids)
-    tokens = 0 if token_ids is None else token_ids.numel()
+    slots, store, evaluation = None, None, None
     backend = packing_backend(config, ranks.device)
+    count = 0
+    if tokens is not None:
+        count = tokens.calibration.numel()
+        embedding = prepared.source.read(job.stored["backbone.embeddings.weight"].name)
+        embedding = embedding.to(ranks.device)
+        slots, store = make_slots(prepared, ranks, groups, tokens.calibration, embedding)
+        if len(tokens.evaluation):
+            evaluation = make_evaluation(config, prepared, ranks, tokens.evaluation, embedding)
     largest = max(rank.read_ahead_gb for rank in prepared.plan.per_rank)
     return Sweep(
         job=job,
@@ -175,64 +177,20 @@ def _make_sweep(
         settings=SweepSettings(
             scalars=ScalarSettings(config.clamp_kv_scales, config.unobserved_input_scale),
             max_shard_bytes=int(config.max_shard_gb * 1e9),
-            cast=config.cast,
+            reading=Reading(
+                config.cast,
+                config.read_threads,
+                round((config.read_ahead_gb or largest) * 1e9),
+            ),
             discard=config.discards_output,
-            read_threads=config.read_threads,
             write_threads=config.write_threads,
-            read_ahead_bytes=round((config.read_ahead_gb or largest) * 1e9),
         ),
         progress=Progress(
             len(job.schedules),
-            tokens,
+            count,
             ranks.device,
             interval_s=config.progress_seconds,
             enabled=ranks.rank == 0,
         ),
+        evaluation=evaluation,
     )
-
-
-def _make_slots(
-    config: CalibrateConfig,
-    prepared: Prepared,
-    ranks: Ranks,
-    groups: Any,
-    token_ids: torch.Tensor,
-) -> tuple[Mapping[LayerType, LayerSlot], HiddenStore]:
-    """Empty slots, and the hidden states before the first layer."""
-    from pipeline.mcore.slots import build_slots
-
-    job, dtype, memory = prepared.job, prepared.dtype, prepared.plan.memory
-    assert memory is not None
-    embedding = prepared.source.read(job.stored["backbone.embeddings.weight"].name)
-    embedding = embedding.to(ranks.device)
-    store = HiddenStore(
-        token_ids,
-        embedding,
-        job.dims,
-        ranks.rank,
-        micro_batch=memory.micro_batch,
-        dtype=dtype,
-        device=ranks.device,
-        on_host=memory.hidden_on_host,
-    )
-    slots = build_slots(
-        job.architecture,
-        job.dims,
-        ranks.rank,
-        groups,
-        device=ranks.device,
-        compute_dtype=dtype,
-        seq_len=token_ids.shape[1],
-    )
-    return slots, store
-
-
-def _connect(config: CalibrateConfig, prepared: Prepared, place: Place) -> tuple[Ranks, Any]:
-    """Process groups; a single rank without a forward pass needs none."""
-    job, device = prepared.job, prepared.device
-    if place.world == 1 and not job.resolution.needs_forward:
-        return Ranks(None, None, None, device), None
-    from pipeline.mcore import backend
-
-    groups = backend.start(job.dims, place.rank, device, timeout_s=60.0 * config.timeout_minutes)
-    return Ranks(groups.world, groups.tp, groups.etp, device), groups

@@ -98,6 +98,9 @@ class _Settled:
 class Commits:
     """Settles and commits layers in order; every rank makes the same calls.
 
+    Attributes:
+        scalars: Activation scalars by tensor name, of every layer that was looked at.
+
     Args:
         job: What was decided.
         journal: Where units are recorded.
@@ -118,6 +121,7 @@ class Commits:
         self._job, self._journal, self._ranks = job, journal, ranks
         self._scalars, self._progress, self._tokens = scalars, progress, tokens
         self._is_async = ranks.device.type == "cuda"
+        self.scalars: dict[int, dict[str, float]] = {}
         self._new: deque[LayerRun] = deque()
         self._settled: deque[_Settled] = deque()
         self._outer: list[Future[FileRecord]] | None = None
@@ -182,6 +186,7 @@ class Commits:
                     file.result()  # a copied weight that is at fault is named here
             refuse_nonfinite(list(run.observed), reduced, run.schedule.layer, self._ranks)
             tokens = reduced.pop("tokens_per_expert", None)
+            self.scalars[run.schedule.layer] = self._choose_scalars(run.schedule.layer, reduced)
             summary = {
                 "amax": {name: float(value) for name, value in reduced.items()},
                 "tokens": self._tokens,
@@ -200,7 +205,7 @@ class Commits:
             self.write_part(layer, files, {"packed": settled.packed})
             settled.summary["seconds"] = run.seconds()
             if self._ranks.rank == 0:
-                settled.summary["scalars"] = self._choose_scalars(layer, settled.summary)
+                settled.summary["scalars"] = self.scalars.get(layer, {})
             self.commit(layer, settled.summary)
         self._progress.layer_done(
             layer,
@@ -213,12 +218,10 @@ class Commits:
             input_amax=settled.summary.get("amax", {}),
         )
 
-    def _choose_scalars(self, layer: int, summary: dict[str, object]) -> dict[str, float]:
-        amax = summary.get("amax", {})
-        assert isinstance(amax, dict)
+    def _choose_scalars(self, layer: int, amax: dict[str, torch.Tensor]) -> dict[str, float]:
         return choose_scalars(
             self._job.schedules[layer],
-            {name: torch.tensor([value]) for name, value in amax.items()},
+            {name: values.float() for name, values in amax.items()},
             self._job.architecture.n_routed_experts,
             clamp_kv_scales=self._scalars.clamp_kv_scales,
             unobserved_input_scale=self._scalars.unobserved_input_scale,

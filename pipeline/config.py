@@ -18,8 +18,31 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pipeline.calibration.data import DataSource
 from pipeline.calibration.token_file import is_token_file
+from pipeline.config_parts import CalibrationConfig, EvaluationConfig, ParallelConfig
 from pipeline.errors import ConfigError
-from pipeline.sharding import ParallelDims
+
+__all__ = [
+    "DISCARD",
+    "REHEARSAL_DIRECTORY",
+    "REPORT_DIRECTORY",
+    "SYNTHETIC",
+    "CalibrateConfig",
+    "CalibrationConfig",
+    "ComputeDtype",
+    "Device",
+    "EvaluationConfig",
+    "HiddenStorage",
+    "Kernels",
+    "ParallelConfig",
+    "PlanConfig",
+    "PlanOutput",
+    "VerifyConfig",
+    "data_sources",
+    "read_yaml",
+    "register_schemas",
+    "to_dataclass",
+    "to_yaml",
+]
 
 
 class ComputeDtype(Enum):
@@ -72,55 +95,6 @@ REHEARSAL_DIRECTORY = "layersweep-rehearsal"
 
 
 @dataclass(kw_only=True)
-class ParallelConfig:
-    """Degrees of parallelism; `world` comes from the launcher, only `launch.plan` reads it here."""
-
-    tp: int = 1
-    ep: int | None = None
-    etp: int = 1
-    world: int | None = None
-
-    def dims(self, world: int, experts: int) -> ParallelDims:
-        """The rank grid; `ep=null` takes the largest degree that divides ranks and experts.
-
-        Raises:
-            LayoutError: The degrees do not multiply to the number of ranks.
-        """
-        ep = self.ep
-        if ep is None:
-            ep = math.gcd(world // self.etp, experts) if experts and self.etp > 0 else 1
-        return ParallelDims(world=world, tp=self.tp, ep=ep, etp=self.etp)
-
-
-@dataclass(kw_only=True)
-class CalibrationConfig:
-    """How much text runs through the model, and how it is cut."""
-
-    num_sequences: int = 512
-    seq_len: int = 4096
-    micro_batch: int | None = None
-    seed: int = 0
-    loss_sequences: int = 8
-
-    def __post_init__(self) -> None:
-        """Checks each number on its own."""
-        for item, least in (
-            ("num_sequences", 1),
-            ("seq_len", 2),
-            ("micro_batch", 1),
-            ("loss_sequences", 1),
-        ):
-            value = getattr(self, item)
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"calibration.{item}",
-                    value=value,
-                    rule=f"must be at least {least}",
-                    remedy="raise it",
-                )
-
-
-@dataclass(kw_only=True)
 class CalibrateConfig:
     """Options of `launch.calibrate`; each is explained in conf/job/calibrate.yaml."""
 
@@ -132,6 +106,7 @@ class CalibrateConfig:
     report: str | None = None
     data: Any = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: ComputeDtype = ComputeDtype.auto
     device: Device = Device.auto
@@ -211,6 +186,13 @@ class CalibrateConfig:
                 rule=f"checkpoint={SYNTHETIC} has no tokenizer for text",
                 remedy="leave data out for random token ids, or give data=FILE.npy of token ids",
             )
+        if self.is_synthetic and self.evaluation.has_gates:
+            raise ConfigError(
+                "evaluation",
+                value="gates",
+                rule="what is measured on random weights says nothing",
+                remedy=f"leave them out with checkpoint={SYNTHETIC}",
+            )
         if self.report is not None and not self.discards_output:
             raise ConfigError(
                 "report",
@@ -228,6 +210,7 @@ class PlanConfig:
     model: str | None = None
     recipe: str = MISSING
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
     device_gib: float | None = 79.0
@@ -285,7 +268,14 @@ def register_schemas(conf_dir: Path) -> None:
 
     OmegaConf.register_new_resolver("presets", list_presets, replace=True)
     store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
+    from pipeline.config_compare import CompareConfig
+    from pipeline.config_evaluate import EvaluateConfig
+
+    for name, schema in {
+        **SCHEMAS,
+        "compare": CompareConfig,
+        "evaluate": EvaluateConfig,
+    }.items():
         store.store(name=f"{name}_schema", node=schema)
 
 

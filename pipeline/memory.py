@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pipeline.architecture import Architecture, LayerType, TensorSpec
 from pipeline.blocks import expert_spec, experts_per_chunk
 from pipeline.errors import ConfigError
+from pipeline.evaluation.records import ServingMode
 from pipeline.job import Job
-from pipeline.nvfp4.formats import Format
+from pipeline.nvfp4.formats import BLOCK_SIZE, Format
 from pipeline.plan_ranks import layer_written_bytes
 from pipeline.recipe import ModuleFormat
 from pipeline.schedule import LayerSchedule
@@ -52,11 +53,13 @@ class MemoryWish:
         micro_batch: Sequences per forward call; None lets the plan choose.
         hidden_store: auto, device or host.
         device_bytes: Memory of a rank's device; None on a CPU.
+        evaluated: Evaluation sequences.
     """
 
     micro_batch: int | None = None
     hidden_store: str = "auto"
     device_bytes: int | None = None
+    evaluated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,8 @@ class MemoryPlan:
         packing: Packed tensors on their way to the host.
         staging: Pinned host memory that packed tensors pass through: one layer's, and some more.
         host: Pinned host memory: hidden states, staging, and what is read ahead.
+        evaluation: The evaluation's hidden states, and which blocks Hopper flushes.
+        evaluated_at_a_time: Its sequences per forward call.
     """
 
     micro_batch: int
@@ -82,11 +87,13 @@ class MemoryPlan:
     packing: int
     staging: int
     host: int
+    evaluation: int = 0
+    evaluated_at_a_time: int = 1
 
     @property
     def peak(self) -> int:
         """Most bytes allocated on the device at any time."""
-        return self.slots + self.hidden + self.activations + self.packing
+        return self.slots + self.hidden + self.activations + self.packing + self.evaluation
 
 
 def plan_memory(
@@ -126,6 +133,12 @@ def plan_memory(
                 )
                 for kind in dict.fromkeys(job.architecture.layers)
             )
+        evaluation = 0
+        if wish.evaluated and tokens[0]:
+            streams = (2 + len(ServingMode)) * math.ceil(wish.evaluated / job.dims.dp)
+            evaluation = streams * per_sequence + slots // (BLOCK_SIZE * compute_bytes)
+            if micro_batch == 1:  # quantized inputs beside the others; else half a micro-batch is
+                evaluation += activations * compute_bytes // 4
         host = staging + read_ahead + (sequences * per_sequence if on_host else 0)
         return MemoryPlan(
             micro_batch,
@@ -136,6 +149,8 @@ def plan_memory(
             2 * largest,
             staging,
             host,
+            evaluation,
+            max(1, micro_batch // 2),
         )
 
     if wish.device_bytes is None or not tokens[0]:
@@ -165,6 +180,7 @@ def _largest_fitting(
         "hidden states": least.hidden,
         "activations": least.activations,
         "packing": least.packing,
+        "evaluation": least.evaluation,
         "CUDA's own": RESERVED_BYTES,
     }
     raise ConfigError(

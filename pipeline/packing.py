@@ -16,17 +16,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from pipeline.amax import dense_amax, expert_amax
 from pipeline.architecture import Architecture, TensorSpec
 from pipeline.blocks import Block, DenseWork, ExpertChunk, LayerWork, plan_work
-from pipeline.calibration.choose import choose_fp8_amax
 from pipeline.errors import NumericsError
 from pipeline.nvfp4.backends import Backend, get_backend
 from pipeline.nvfp4.formats import Format, WeightMethod
 from pipeline.nvfp4.reference import fp8_weight_scale, weight_scale_2
 from pipeline.recipe import ModuleFormat
-from pipeline.runtime.collectives import Ranks, gather_bytes, reduce_max, reduce_sum
+from pipeline.runtime.collectives import Ranks, gather_bytes
 from pipeline.runtime.lanes import HostCopy
-from pipeline.schedule import EXPERT_PROJECTIONS, DenseItem, LayerSchedule, tap_of
+from pipeline.schedule import EXPERT_PROJECTIONS, LayerSchedule
 from pipeline.sharding import ParallelDims, Shard, shard_of
 from pipeline.weights import LayerWeights
 
@@ -154,43 +154,22 @@ class LayerPacking:
         """What each dense tensor is scaled by, fp32 [n]."""
         items = [work.item for work in self.work.dense]
         local = [self._weights.weight(item.spec.name) for item in items]
-        seen = torch.stack([self._backend.tensor_amax(weight) for weight in local])
+        counted = [work.shard.counted for work in self.work.dense]
+        seen, amax = dense_amax(items, local, counted, self._backend, self._ranks.tp)
         self._seen.append(([item.spec.name for item in items], seen))
-        amax = _share_in_fused_groups(items, reduce_max(seen, self._ranks.tp))
-        for multipliers in dict.fromkeys(item.module_format.fp8_multipliers for item in items):
-            if not multipliers:
-                continue
-            chosen = [
-                i for i, x in enumerate(items) if x.module_format.fp8_multipliers == multipliers
-            ]
-            errors = torch.stack(
-                [
-                    self._backend.fp8_squared_errors(local[i], amax[i], multipliers)
-                    * float(self.work.dense[i].shard.counted)
-                    for i in chosen
-                ]
-            )
-            errors = reduce_sum(errors, self._ranks.tp)
-            errors = _sum_in_fused_groups([items[i] for i in chosen], errors)
-            better = choose_fp8_amax(amax[chosen], errors, multipliers)
-            amax = amax.index_copy(0, torch.tensor(chosen, device=amax.device), better)
         return amax
 
     def _expert_amax(self) -> dict[str, torch.Tensor]:
         """What this rank's experts are scaled by, fp32 [experts] for each projection."""
         formats = self._schedule.experts
-        projections = [name for name in EXPERT_PROJECTIONS if name in formats]
-        stacks = {name: self._weights.experts(name, self.work.experts) for name in projections}
-        seen = torch.stack([self._backend.tensor_amax(stacks[name]) for name in projections])
-        for name, values in zip(projections, seen, strict=True):
+        stacks = {
+            name: self._weights.experts(name, self.work.experts)
+            for name in EXPERT_PROJECTIONS
+            if name in formats
+        }
+        seen, amax = expert_amax(formats, stacks, self._backend, self._ranks.etp)
+        for name, values in zip(stacks, seen, strict=True):
             self._seen.append((self._expert_names(name), values))
-        amax = dict(zip(projections, reduce_max(seen, self._ranks.etp).unbind(0), strict=True))
-        for name in projections:
-            multipliers = formats[name].fp8_multipliers
-            if multipliers:
-                errors = self._backend.fp8_squared_errors(stacks[name], amax[name], multipliers)
-                errors = reduce_sum(errors, self._ranks.etp)
-                amax[name] = choose_fp8_amax(amax[name], errors, multipliers)
         return amax
 
     def _expert_names(self, projection: str) -> list[str]:
@@ -314,27 +293,3 @@ def _tensor_scale(amax: torch.Tensor, module_format: ModuleFormat) -> torch.Tens
 def _rows(values: torch.Tensor, positions: range) -> torch.Tensor:
     """The values at some positions, a view."""
     return values[positions.start : positions.stop : positions.step]
-
-
-def _fused_groups(items: Sequence[DenseItem]) -> Iterator[list[int]]:
-    """Indices of the tensors that a server fuses: q, k and v read the same input."""
-    groups: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(tap_of(item.spec.module), []).append(index)
-    yield from (group for group in groups.values() if len(group) > 1)
-
-
-def _share_in_fused_groups(items: Sequence[DenseItem], amax: torch.Tensor) -> torch.Tensor:
-    """One amax per fused group, the largest; [n]."""
-    amax = amax.clone()
-    for group in _fused_groups(items):
-        amax[group] = amax[group].max()
-    return amax
-
-
-def _sum_in_fused_groups(items: Sequence[DenseItem], errors: torch.Tensor) -> torch.Tensor:
-    """One row of candidate errors per fused group, their sum; [n, T]."""
-    errors = errors.clone()
-    for group in _fused_groups(items):
-        errors[group] = errors[group].sum(0)
-    return errors

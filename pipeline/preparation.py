@@ -8,10 +8,11 @@ weights is refused here.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,14 @@ import torch
 
 from pipeline import __version__
 from pipeline.architecture import Architecture
-from pipeline.calibration.data import check_token_ids, load_sequences
-from pipeline.calibration.token_file import is_token_file, load_token_file
 from pipeline.checkpoint.publish import WorkDirectory, check_output
 from pipeline.checkpoint.rehearsal import check_rehearsal
 from pipeline.checkpoint.source import FileSource, Source, open_source
 from pipeline.checkpoint.source_check import SourceCheck, check_source
-from pipeline.checkpoint.synthetic import SyntheticSource, random_token_ids
+from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.compile_ahead import CompileAhead
-from pipeline.config import CalibrateConfig, ComputeDtype, Device, Kernels, data_sources
+from pipeline.config import CalibrateConfig, Kernels
+from pipeline.devices import choose_device, choose_dtype
 from pipeline.errors import ConfigError, LayersweepError
 from pipeline.job import Job, StoredTensor, build_job, estimate_stored, find_refusals
 from pipeline.memory import MemoryWish
@@ -87,11 +87,11 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     device = _device(config, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # first: Model Optimizer's import opens a CUDA context
-    opened = _open_source(config, conf_dir, device)
+    opened = open_checkpoint(config, conf_dir, device)
     work = _check_output(config, opened.source)
     ahead = _compile_ahead(config, opened, place, device)
     try:
-        prepared = _decide(config, conf_dir, opened, work, place, device, ahead)
+        prepared = decide(config, conf_dir, opened, work, place, device, ahead)
         if place.rank == 0:
             _announce(prepared, config)
     except BaseException:
@@ -100,16 +100,45 @@ def prepare_run(config: CalibrateConfig, conf_dir: Path, place: Place) -> Prepar
     return prepared
 
 
-def _decide(
+def prepare_several(
+    config: CalibrateConfig, recipes: Sequence[str], conf_dir: Path, place: Place
+) -> list[Prepared]:
+    """`prepare_run` for several recipes on one source, which is opened once.
+
+    Raises:
+        LayersweepError: As `prepare_run`; the message names the recipe.
+    """
+    device = _device(config, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    opened = open_checkpoint(config, conf_dir, device)
+    work = _check_output(config, opened.source)
+    # One stream of each serving mode for every recipe.
+    evaluation = dataclasses.replace(
+        config.evaluation, num_sequences=config.evaluation.num_sequences * len(recipes)
+    )
+    options = {item.name: getattr(config, item.name) for item in fields(CalibrateConfig)}
+    prepared = []
+    for recipe in recipes:
+        asked = CalibrateConfig(**{**options, "recipe": recipe, "evaluation": evaluation})
+        prepared.append(decide(asked, conf_dir, opened, work, place, device, CompileAhead()))
+    return prepared
+
+
+def decide(
     config: CalibrateConfig,
     conf_dir: Path,
-    opened: _Opened,
+    opened: Opened,
     work: WorkDirectory,
     place: Place,
     device: torch.device,
     ahead: CompileAhead,
 ) -> Prepared:
-    """The job and its plan, or everything that is wrong with them."""
+    """The job and its plan.
+
+    Raises:
+        LayersweepError: Everything that is wrong with them.
+    """
     if place.rank == 0:
         logger.info("source  %s", opened.source.location)
         logger.info("recipe  %s: importing Model Optimizer to read it", config.recipe)
@@ -133,7 +162,7 @@ def _decide(
         )
     if refusals:
         raise _join(refusals)
-    dtype, read_ahead = _compute_dtype(config, device), config.read_ahead_gb
+    dtype, read_ahead = choose_dtype(config.compute_dtype, device), config.read_ahead_gb
     plan = make_plan(
         job,
         num_sequences=config.calibration.num_sequences,
@@ -166,31 +195,6 @@ def stored_tensors(source: FileSource, checked: SourceCheck) -> dict[str, Stored
     return stored
 
 
-def load_tokens(config: CalibrateConfig, conf_dir: Path, prepared: Prepared) -> torch.Tensor:
-    """Calibration token ids, int64 [num_sequences, seq_len], checked against the vocabulary.
-
-    Raises:
-        DataError: Unreadable, too little, or ids that the model does not have.
-    """
-    size = config.calibration
-    source, vocab_size = prepared.source, prepared.job.architecture.vocab_size
-    if isinstance(source, SyntheticSource) and config.data is None:
-        return random_token_ids(vocab_size, size.num_sequences, size.seq_len, seed=size.seed)
-    if isinstance(config.data, str) and is_token_file(config.data):
-        ids = load_token_file(config.data, size.num_sequences, size.seq_len)
-    else:
-        assert isinstance(source, FileSource), "the options allow no text without a tokenizer"
-        ids = load_sequences(
-            data_sources(config.data, conf_dir / "data"),
-            source.directory,
-            num_sequences=size.num_sequences,
-            seq_len=size.seq_len,
-            seed=size.seed,
-        )
-    check_token_ids(ids, vocab_size)
-    return ids
-
-
 def fingerprint(
     config: CalibrateConfig, prepared: Prepared, token_ids: torch.Tensor | None
 ) -> Mapping[str, Any]:
@@ -210,7 +214,7 @@ def fingerprint(
     }
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """The checkpoint, or made-up weights; its shape; its tensors by logical name."""
 
     source: Source
@@ -218,23 +222,24 @@ class _Opened(NamedTuple):
     stored: dict[str, StoredTensor]
 
 
-def _open_source(config: CalibrateConfig, conf_dir: Path, device: torch.device) -> _Opened:
+def open_checkpoint(config: CalibrateConfig, conf_dir: Path, device: torch.device) -> Opened:
+    """Opens and checks the source; made-up weights lie on `device`."""
     if not config.is_synthetic:
         source = open_source(config.checkpoint)
         architecture = Architecture.from_hf_config(source.config)
         checked = check_source(source, architecture, cast=config.cast)
-        return _Opened(source, architecture, stored_tensors(source, checked))
+        return Opened(source, architecture, stored_tensors(source, checked))
     assert config.model is not None
     values = read_model_config(config.model, conf_dir)
     architecture = Architecture.from_hf_config(values)
     stored = estimate_stored(architecture)
     seed = config.synthetic_seed
     made_up = SyntheticSource(config.model, values, stored, seed=seed, device=device)
-    return _Opened(made_up, architecture, stored)
+    return Opened(made_up, architecture, stored)
 
 
 def _compile_ahead(
-    config: CalibrateConfig, opened: _Opened, place: Place, device: torch.device
+    config: CalibrateConfig, opened: Opened, place: Place, device: torch.device
 ) -> CompileAhead:
     """One process for all ranks of a node: they share a home directory, hence a cache."""
     if device.type != "cuda" or place.local_rank:
@@ -244,7 +249,7 @@ def _compile_ahead(
         opened.source.config,
         opened.stored,
         device=device,
-        dtype=_compute_dtype(config, device),
+        dtype=choose_dtype(config.compute_dtype, device),
         seq_len=config.calibration.seq_len,
         sums_in_fp32=dims.etp * dims.ep > 1,
         fills=config.is_synthetic,
@@ -259,39 +264,27 @@ def _check_output(config: CalibrateConfig, source: Source) -> WorkDirectory:
 
 
 def _device(config: CalibrateConfig, place: Place) -> torch.device:
-    on_gpu = config.device is Device.cuda
-    if config.device is Device.auto:
-        on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        if config.kernels is Kernels.triton:
-            raise ConfigError(
-                "kernels",
-                value=config.kernels.value,
-                rule="Triton kernels run on a GPU, and this run is on the CPU",
-                remedy="leave kernels out, or use device=cuda",
-            )
-        return torch.device("cpu")
-    if place.local_rank >= torch.cuda.device_count():
+    device = choose_device(config.device, place.local_rank)
+    if config.kernels is Kernels.triton and device.type == "cpu":
         raise ConfigError(
-            "device",
-            value=f"{torch.cuda.device_count()} GPUs for local rank {place.local_rank}",
-            rule="every rank needs a GPU of its own",
-            remedy="start fewer ranks on this node, or use device=cpu",
+            "kernels",
+            value=config.kernels.value,
+            rule="Triton kernels run on a GPU, and this run is on the CPU",
+            remedy="leave kernels out, or use device=cuda",
         )
-    return torch.device("cuda", place.local_rank)
+    return device
 
 
 def _memory_wish(config: CalibrateConfig, device: torch.device) -> MemoryWish:
     size = None
     if device.type == "cuda":
         size = torch.cuda.get_device_properties(device).total_memory
-    return MemoryWish(config.calibration.micro_batch, config.hidden_store.value, size)
-
-
-def _compute_dtype(config: CalibrateConfig, device: torch.device) -> torch.dtype:
-    if config.compute_dtype is ComputeDtype.auto:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return torch.float32 if config.compute_dtype is ComputeDtype.float32 else torch.bfloat16
+    return MemoryWish(
+        config.calibration.micro_batch,
+        config.hidden_store.value,
+        size,
+        config.evaluation.num_sequences,
+    )
 
 
 def _announce(prepared: Prepared, config: CalibrateConfig) -> None:

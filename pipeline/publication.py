@@ -20,15 +20,16 @@ from pipeline.checkpoint.rehearsal import check_counts, finish_rehearsal, mark_r
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
-from pipeline.config import DISCARD, REPORT_DIRECTORY
+from pipeline.config import DISCARD, REPORT_DIRECTORY, EvaluationConfig
 from pipeline.errors import OutputError
+from pipeline.evaluation.gates import missed_gates
 from pipeline.job import Job, quantization_configs
 from pipeline.preparation import Prepared
 from pipeline.report.html import write_html
 from pipeline.report.records import RunReport
 from pipeline.report.run_json import write_run_json
 from pipeline.run_report import build_report
-from pipeline.sweep import LOSS, OUTER, SCALARS
+from pipeline.sweep import EVALUATION, LOSS, OUTER, SCALARS
 
 __all__ = ["METRICS", "REPORT_DIRECTORY", "publish_rehearsal", "publish_run"]
 
@@ -36,7 +37,12 @@ METRICS = "metrics.jsonl"
 
 
 def publish_run(
-    prepared: Prepared, journal: Journal, *, resolved_config: str, phases: dict[str, float]
+    prepared: Prepared,
+    journal: Journal,
+    *,
+    resolved_config: str,
+    phases: dict[str, float],
+    asked: EvaluationConfig,
 ) -> RunReport:
     """Names the files, writes the configs, audits, reports, and renames the directory.
 
@@ -45,6 +51,7 @@ def publish_run(
         journal: All units committed.
         resolved_config: Saved beside the checkpoint.
         phases: Seconds so far, by phase.
+        asked: Gates, if any; missing one changes the directory's name and nothing else.
 
     Raises:
         AuditError: The directory breaks a rule; it keeps its working name.
@@ -68,14 +75,22 @@ def publish_run(
     result = _audit(prepared, named)
     phases["audit"] = time.monotonic() - clock
     audited = {"passed": result.ok, **_describe(result)}
-    report = _build_report(prepared, records, audited, phases)
+    report = _build_report(prepared, records, audited, phases, asked)
+    rejected = report.is_rejected
+    if rejected:
+        report.output = str(work.rejected)
     _write_reports(work.files / REPORT_DIRECTORY, report, named)
-    finalize(work)
+    finalize(work, rejected=rejected)
     return report
 
 
 def publish_rehearsal(
-    prepared: Prepared, journal: Journal, *, resolved_config: str, phases: dict[str, float]
+    prepared: Prepared,
+    journal: Journal,
+    *,
+    resolved_config: str,
+    phases: dict[str, float],
+    asked: EvaluationConfig,
 ) -> RunReport:
     """Reports on a run that wrote no checkpoint, after its counts were compared with the plan.
 
@@ -84,6 +99,7 @@ def publish_rehearsal(
         journal: All units committed.
         resolved_config: Saved beside the report.
         phases: Seconds so far, by phase.
+        asked: Gates, if any; missing one changes the directory's name and nothing else.
 
     Raises:
         AuditError: What would have been written is not what was planned.
@@ -102,7 +118,7 @@ def publish_rehearsal(
     result.raise_if_failed()
     phases["count"] = time.monotonic() - clock
     counted = {"rehearsal": "counted, and not read back: nothing was written", **_describe(result)}
-    report = _build_report(prepared, records, counted, phases)
+    report = _build_report(prepared, records, counted, phases, asked)
     report.output = DISCARD
     report.warnings.insert(0, "a rehearsal: no checkpoint was written")
     mark_rehearsal(work)  # first: a report that was cut short may be replaced
@@ -118,6 +134,8 @@ def _read_journal(prepared: Prepared, journal: Journal) -> dict[int | str, Layer
     units: list[int | str] = [*range(len(prepared.job.schedules)), OUTER]
     if prepared.job.resolution.needs_forward:
         units.append(LOSS)
+    if journal.committed(EVALUATION) is not None:
+        units.append(EVALUATION)
     return {unit: _committed(journal, unit) for unit in units}
 
 
@@ -139,18 +157,26 @@ def _build_report(
     records: Mapping[int | str, LayerRecord],
     audit: dict[str, object],
     phases: dict[str, float],
+    asked: EvaluationConfig,
 ) -> RunReport:
-    """The report; of made-up weights, without a loss, which would say nothing."""
+    """The report; of made-up weights, without loss and evaluation, which would say nothing."""
     is_synthetic = isinstance(prepared.source, SyntheticSource)
-    told = {unit: record for unit, record in records.items() if unit != LOSS or not is_synthetic}
+    left_out = {LOSS} if is_synthetic else set()
+    told = {unit: record for unit, record in records.items() if unit not in left_out}
     report = build_report(prepared, told, audit=audit)
     report.phases = phases
     if is_synthetic:
+        measured = ""
+        if report.evaluation is not None:
+            measured = f"; so would the evaluation, which took {report.evaluation.seconds:.1f} s"
+            report.evaluation = None
         report.warnings.insert(
             0,
             "the weights are random: loss (left out), routing, input amax and quantization error "
-            "say nothing about a trained model",
+            f"say nothing about a trained model{measured}",
         )
+    if report.evaluation is not None:
+        report.evaluation.rejected = missed_gates(report.evaluation, asked)
     return report
 
 

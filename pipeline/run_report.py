@@ -7,6 +7,7 @@ shards are added up here; nothing is measured.
 from __future__ import annotations
 
 import platform
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -17,14 +18,22 @@ import torch
 from pipeline import __version__
 from pipeline.architecture import TensorSpec, layer_tensors
 from pipeline.checkpoint.journal import LayerRecord
+from pipeline.evaluation.records import restore
 from pipeline.job import Job
 from pipeline.packing import STATISTICS
 from pipeline.plan import Plan, describe_format
 from pipeline.plan_ranks import packed_bytes
 from pipeline.preparation import Prepared
-from pipeline.report.records import ExpertCoverage, KindReport, KVAmax, LayerReport, RunReport
+from pipeline.report.records import (
+    AgainstMax,
+    ExpertCoverage,
+    KindReport,
+    KVAmax,
+    LayerReport,
+    RunReport,
+)
 from pipeline.schedule import tap_of
-from pipeline.sweep import LOSS, SCALARS
+from pipeline.sweep import EVALUATION, LOSS, SCALARS
 
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "safetensors")
 
@@ -79,6 +88,9 @@ def build_report(
     if loss := records.get(LOSS):
         report.loss = _summary(loss)["loss"]
         report.unigram_loss = _summary(loss)["unigram_loss"]
+    if evaluation := records.get(EVALUATION):
+        report.evaluation = restore(_summary(evaluation)["report"])
+    report.against_max = _against_max(job, records)
     report.warnings = _warnings(report, plan)
     return report
 
@@ -109,6 +121,21 @@ def _layer_report(
         tokens=summary.get("tokens", 0),
         seconds=dict(summary.get("seconds", {})),
         kinds=list(kinds.values()),
+    )
+
+
+def _against_max(job: Job, records: Mapping[int | str, LayerRecord]) -> AgainstMax | None:
+    ratios: dict[str, float] = {}
+    for schedule in job.schedules:
+        for name, sums in _add_shards(records[schedule.layer]).items():
+            values = dict(zip(STATISTICS, sums, strict=True))
+            if values["blocks"] and values["squared_error_of_max"] > 0:
+                ratios[name] = values["squared_error"] / values["squared_error_of_max"]
+    if not ratios:
+        return None
+    worst = max(ratios, key=lambda name: ratios[name])
+    return AgainstMax(
+        median=statistics.median(ratios.values()), worst=ratios[worst], worst_tensor=worst
     )
 
 

@@ -16,35 +16,37 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from pipeline.architecture import LayerType, layer_tensors
+from pipeline.architecture import LayerType
 from pipeline.calibration.hidden import HiddenStore
 from pipeline.calibration.loss import next_token_loss, refuse_nonfinite_loss, unigram_loss
-from pipeline.checkpoint.journal import Journal
+from pipeline.checkpoint.journal import Journal, LayerRecord
 from pipeline.checkpoint.passthrough import take_copy
-from pipeline.checkpoint.read_ahead import ReadAhead
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.staging import StagingRing
-from pipeline.checkpoint.synthetic import SyntheticSource
 from pipeline.checkpoint.writer import FileRecord, ShardWriter, Writable
 from pipeline.commits import SCALARS, Commits, ScalarSettings
-from pipeline.filling import Feed, FileFeed, Request, SlotFiller, SyntheticFeed
+from pipeline.evaluation.fidelity import Head
+from pipeline.evaluation.in_sweep import InSweep
+from pipeline.filling import SlotFiller
 from pipeline.job import Job
 from pipeline.outbox import Outbox
 from pipeline.packing import LayerPacker
+from pipeline.reading import Reading, make_feed, requests_of
+from pipeline.report.run_json import finite
 from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
 from pipeline.runtime.lanes import Lane
 from pipeline.runtime.progress import Progress
-from pipeline.schedule import LayerSchedule, packs_expert, split_by_size
-from pipeline.sharding import shard_of
+from pipeline.schedule import LayerSchedule, split_by_size
 from pipeline.visit import Visit
 from pipeline.weights import Buffers, LayerSlot, Loadable
 
-__all__ = ["LOSS", "OUTER", "SCALARS", "Sweep", "SweepSettings"]
+__all__ = ["EVALUATION", "LOSS", "OUTER", "SCALARS", "Sweep", "SweepSettings"]
 
 logger = logging.getLogger(__name__)
 
 OUTER = "outer"
 LOSS = "loss"
+EVALUATION = "evaluation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +56,16 @@ class SweepSettings:
     Attributes:
         scalars: How activation scalars are chosen.
         max_shard_bytes: Largest file, single tensors (or a block of experts) excepted.
-        cast: Round F16 and F32 weights to BF16 as they are read.
+        reading: How the source is read.
         discard: Count and checksum what would be written, and write nothing.
-        read_threads: Threads that read the source.
         write_threads: Files that are written at a time.
-        read_ahead_bytes: Host buffer of the read-ahead.
     """
 
     scalars: ScalarSettings
     max_shard_bytes: int
-    cast: bool
+    reading: Reading
     discard: bool = False
-    read_threads: int = 2
     write_threads: int = 1
-    read_ahead_bytes: int = 2**28
 
 
 @dataclasses.dataclass
@@ -86,6 +84,7 @@ class Sweep:
         settings: The rest.
         progress: Speaks to the user.
         staging: Host memory that packed tensors pass through; None on a CPU.
+        evaluation: Measures what the layers cost; None where nobody asked.
     """
 
     job: Job
@@ -99,6 +98,7 @@ class Sweep:
     settings: SweepSettings
     progress: Progress
     staging: StagingRing | None = None
+    evaluation: InSweep | None = None
 
     def __post_init__(self) -> None:
         """The lane of packing, and what is on its way to the journal."""
@@ -117,13 +117,15 @@ class Sweep:
         """
         committed = self._committed(reread=True)
         last = max((s.layer for s in self.job.schedules if s.layer not in committed), default=-1)
-        if LOSS not in committed and self.slots is not None:
-            last = len(self.job.schedules) - 1  # the loss needs what leaves the last layer
+        at_the_end = {LOSS} if self.evaluation is None else {LOSS, EVALUATION}
+        if at_the_end - committed and self.slots is not None:
+            last = len(self.job.schedules) - 1  # they need what leaves the last layer
         visited = [
             schedule
             for schedule in self.job.schedules[: last + 1]
             if self.slots is not None or schedule.layer not in committed
         ]
+        recorded = self._recorded_scalars(committed) if self.evaluation is not None else {}
         self.progress.layers = len(visited)
         settings = self.settings
         with ShardWriter(
@@ -132,8 +134,11 @@ class Sweep:
             if OUTER not in committed:
                 self.commits.add_outer(OUTER, self._write_outer(writer))
             slots: Mapping[LayerType, Loadable] = self.slots or self._buffers()
-            requests = [self._requests(schedule) for schedule in visited]
-            feed = self._feed(requests)
+            requests = [
+                requests_of(self.job, schedule, self.ranks.rank, all_shards=self.slots is not None)
+                for schedule in visited
+            ]
+            feed = make_feed(self.source, requests, self.ranks.device, settings.reading)
             with SlotFiller(visited, requests, slots, feed, self.ranks.device) as filler:
                 for schedule in visited:
                     visit = Visit(
@@ -149,31 +154,70 @@ class Sweep:
                         store=self.store,
                         copies=self._copies_of(schedule),
                         max_shard_bytes=settings.max_shard_bytes,
+                        evaluation=self.evaluation,
+                        recorded_scalars=recorded.get(schedule.layer, {}),
                     )
                     visit.run(redo=schedule.layer not in committed)
                 self.commits.drain()
 
-    def measure_loss(self, sequences: int) -> None:
-        """Measures the BF16 next-token loss after the last layer, and records it."""
+    def measure(self, loss_sequences: int) -> None:
+        """Measures, after the last layer, the BF16 next-token loss and what the layers cost.
+
+        Args:
+            loss_sequences: Calibration sequences on which the loss is measured.
+        """
         assert self.store is not None
-        if LOSS in self._committed():
+        committed = self._committed()
+        if LOSS in committed and (self.evaluation is None or EVALUATION in committed):
             return
+        head = self._head()
+        if LOSS not in committed:
+            loss = next_token_loss(
+                self.store,
+                head.norm_weight,
+                head.weight,
+                head.epsilon,
+                sequences=loss_sequences,
+                ranks=self.ranks,
+            )
+            refuse_nonfinite_loss(loss)  # before it is recorded: a restart measures again
+            vocab = self.job.architecture.vocab_size
+            unigrams = unigram_loss(self.store.token_ids, vocab, loss_sequences)
+            self.commits.write_part(LOSS, [], {})
+            self.commits.commit(LOSS, {"loss": loss, "unigram_loss": unigrams})
+        if self.evaluation is not None and EVALUATION not in committed:
+            report = finite(dataclasses.asdict(self.evaluation.finish(head)))
+            self.commits.write_part(EVALUATION, [], {})
+            self.commits.commit(EVALUATION, {"key": self.evaluation.key, "report": report})
+
+    def _is_ours(self, evaluation: LayerRecord) -> bool:
+        """Whether an earlier run measured on the same text."""
+        if self.evaluation is None:
+            return True
+        told = next(part.statistics for part in evaluation.parts if part.part == SCALARS)
+        return bool(told["key"] == self.evaluation.key)
+
+    def _head(self) -> Head:
+        """Final norm and head, on the device."""
         architecture, stored = self.job.architecture, self.job.stored
-        head = "lm_head.weight"
+        name = "lm_head.weight"
         if architecture.tie_word_embeddings:
-            head = "backbone.embeddings.weight"
-        loss = next_token_loss(
-            self.store,
-            self.source.read(stored["backbone.norm_f.weight"].name),
-            self.source.read(stored[head].name),
-            architecture.layer_norm_epsilon,
-            sequences=sequences,
-            ranks=self.ranks,
-        )
-        refuse_nonfinite_loss(loss)  # before it is recorded: a restart measures again
-        unigrams = unigram_loss(self.store.token_ids, architecture.vocab_size, sequences)
-        self.commits.write_part(LOSS, [], {})
-        self.commits.commit(LOSS, {"loss": loss, "unigram_loss": unigrams})
+            name = "backbone.embeddings.weight"
+        norm = self.source.read(stored["backbone.norm_f.weight"].name)
+        weight = self.source.read(stored[name].name)
+        return Head(norm, weight, architecture.layer_norm_epsilon).to(self.ranks.device)
+
+    def _recorded_scalars(self, committed: set[int | str]) -> dict[int, dict[str, float]]:
+        """The activation scalars of the layers that an earlier run committed, on every rank."""
+        found: dict[int, dict[str, float]] = {}
+        if self.ranks.rank == 0:
+            for schedule in self.job.schedules:
+                record = self.journal.committed(schedule.layer)
+                if schedule.layer in committed and record is not None:
+                    told = next(part.statistics for part in record.parts if part.part == SCALARS)
+                    found[schedule.layer] = dict(told.get("scalars", {}))
+        told_all: dict[int, dict[str, float]] = broadcast_object(found, self.ranks.world)
+        return told_all
 
     def _copies_of(self, schedule: LayerSchedule) -> dict[str, Writable]:
         """This rank's tensors of a layer that keep the source's bytes, by their name there."""
@@ -188,9 +232,15 @@ class Sweep:
         """
         found: list[int | str] = []
         if self.ranks.rank == 0:
-            units: list[int | str] = [OUTER, LOSS, *(s.layer for s in self.job.schedules)]
+            units: list[int | str] = [
+                OUTER,
+                LOSS,
+                EVALUATION,
+                *(s.layer for s in self.job.schedules),
+            ]
             for unit in units:
-                if self.journal.committed(unit) is None:
+                record = self.journal.committed(unit)
+                if record is None or (unit == EVALUATION and not self._is_ours(record)):
                     self.journal.discard(unit)
                 else:
                     found.append(unit)
@@ -227,41 +277,6 @@ class Sweep:
         first = local * self.job.dims.coordinates(self.ranks.rank).ep_rank
         kinds = dict.fromkeys(schedule.layer_type for schedule in self.job.schedules)
         return {kind: Buffers(first, self.ranks.device) for kind in kinds}
-
-    def _feed(self, requests: list[list[Request]]) -> Feed:
-        if isinstance(self.source, SyntheticSource):
-            return SyntheticFeed(self.source)
-        ahead = ReadAhead(
-            requests,
-            self.source,
-            threads=self.settings.read_threads,
-            buffer_bytes=self.settings.read_ahead_bytes,
-            pinned=self.ranks.device.type == "cuda",
-        )
-        return FileFeed(ahead, cast=self.settings.cast, device=self.ranks.device)
-
-    def _requests(self, schedule: LayerSchedule) -> list[Request]:
-        """What this rank reads of one layer: all its shards, or only those that it packs."""
-        dims, rank = self.job.dims, self.ranks.rank
-        at = dims.coordinates(rank)
-        local = max(self.job.architecture.n_routed_experts // dims.ep, 1)
-        packed = {item.spec.name for item in schedule.dense if item.replica == at.dp_rank}
-        requests = []
-        for spec in layer_tensors(self.job.architecture, schedule.layer):
-            shard = shard_of(spec, self.job.architecture, dims, rank)
-            if shard is None:
-                continue
-            if self.slots is None:
-                if spec.is_routed_expert:
-                    projection = spec.module.rpartition(".")[2]
-                    if projection not in schedule.experts:
-                        continue
-                    if not packs_expert(spec.expert % local, at, dims):
-                        continue
-                elif spec.name not in packed:
-                    continue
-            requests.append((spec, self.job.stored[spec.name].name, shard))
-        return requests
 
     def _copy(self, name: str) -> tuple[str, Writable]:
         """A tensor that keeps the source's bytes, under the name that it has there."""

@@ -20,6 +20,7 @@ from pipeline.calibration.reduce import ReducedStatistics
 from pipeline.checkpoint.staging import StagingRing
 from pipeline.checkpoint.writer import ShardWriter, Writable
 from pipeline.commits import Commits, LayerRun
+from pipeline.evaluation.in_sweep import InSweep
 from pipeline.filling import SlotFiller
 from pipeline.outbox import Outbox
 from pipeline.packing import LayerPacker, LayerPacking, PackedBlock
@@ -46,6 +47,8 @@ class Visit:
         store: The hidden store; None likewise.
         copies: This rank's tensors that keep the source's bytes.
         max_shard_bytes: Largest file.
+        evaluation: Measures what the layer costs; None where nobody asked.
+        recorded_scalars: The activation scalars of a layer that an earlier run committed.
     """
 
     schedule: LayerSchedule
@@ -60,6 +63,8 @@ class Visit:
     store: HiddenStore | None
     copies: Mapping[str, Writable]
     max_shard_bytes: int
+    evaluation: InSweep | None = None
+    recorded_scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
     write_wait_s: float = 0.0
 
     def run(self, *, redo: bool) -> None:
@@ -91,9 +96,22 @@ class Visit:
         with self.lane.use():
             packed = Mark(self.ranks.device)
         run.ended = packed if self.slot is None else Mark(self.ranks.device)
-        self.filler.release(self.schedule.layer_type, [run.ended, packed])
         run.write_wait_s = self.write_wait_s
         self.commits.add(run)
+        used = [run.ended, packed]
+        if self.slot is not None and self.evaluation is not None:
+            used.append(self._evaluate(run, self.slot, self.evaluation, packed))
+        self.filler.release(self.schedule.layer_type, used)
+
+    def _evaluate(self, run: LayerRun, slot: LayerSlot, evaluation: InSweep, packed: Mark) -> Mark:
+        """What the layer costs, once its scalars are chosen and its weights are packed."""
+        scalars = self.recorded_scalars
+        if run.redo:
+            self.commits.settle()  # waits for what was observed
+            scalars = self.commits.scalars[self.schedule.layer]
+        packed.block_stream()
+        evaluation.visit(self.schedule, slot, scalars)
+        return Mark(self.ranks.device)
 
     def _start_packing(self, run: LayerRun) -> Iterator[None]:
         weights: LayerWeights

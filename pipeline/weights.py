@@ -54,7 +54,9 @@ class LayerSlot(Loadable, Protocol):
     def fill(self, layer: int, read: Callable[[TensorSpec, Shard], torch.Tensor]) -> None:
         """Loads this rank's shards of a layer at once."""
 
-    def forward(self, hidden: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, tap: Tap | None = None, quantizer: Quantizer | None = None
+    ) -> torch.Tensor:
         """Hidden states [seq/tp, batch, hidden] after the layer; may overwrite those before."""
 
     def weight(self, name: str) -> torch.Tensor:
@@ -75,6 +77,13 @@ class Tap(Protocol):
 
     def routing(self, chosen_TK: torch.Tensor) -> None:
         """Experts chosen by this rank's own tokens."""
+
+
+class Quantizer(Protocol):
+    """What a slot asks for the inputs of its products (`pipeline.mcore.tap.Quantizer`)."""
+
+    def quantize(self, projection: str, x: torch.Tensor) -> torch.Tensor:
+        """What a server's product reads instead of x: a new tensor, or x itself, never changed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from pipeline.calibration.documents import DataSource, Document, describe, read_documents
 from pipeline.errors import ConfigError, DataError
 
-__all__ = ["DataSource", "check_token_ids", "load_sequences", "share_out"]
+__all__ = ["DataSource", "check_token_ids", "load_and_hold_out", "load_sequences", "share_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +46,67 @@ def load_sequences(
         ConfigError: A number out of range, no source, or a source too light to get a sequence.
         DataError: A source or the tokenizer cannot be read, or a source holds too little text.
     """
+    chosen, _ = load_and_hold_out(
+        sources,
+        tokenizer_dir,
+        num_sequences=num_sequences,
+        held_out=0,
+        seq_len=seq_len,
+        seed=seed,
+    )
+    return chosen
+
+
+def load_and_hold_out(
+    sources: list[DataSource],
+    tokenizer_dir: Path,
+    *,
+    num_sequences: int,
+    held_out: int,
+    seq_len: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `load_sequences` does, and other sequences beside it.
+
+    Args:
+        sources: Where the text comes from.
+        tokenizer_dir: The checkpoint.
+        num_sequences: How many are for calibration.
+        held_out: How many more, of the text that follows in each source; the calibration sequences
+            do not depend on it.
+        seq_len: Tokens of each.
+        seed: Order of documents and sequences.
+
+    Returns:
+        int64 [num_sequences, seq_len] and int64 [held_out, seq_len].
+
+    Raises:
+        ConfigError: A number out of range, no source, or a source too light to get a sequence.
+        DataError: A source or the tokenizer cannot be read, or a source holds too little text.
+    """
     _check_numbers(num_sequences, seq_len, seed)
     counts = share_out(sources, num_sequences)
+    more = share_out(sources, held_out, least=0)
     tokenizer = _load_tokenizer(tokenizer_dir)
-    parts = []
+    parts, others = [], []
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
         documents = read_documents(source, (seed, index))
-        parts.append(_pack(source, documents, tokenizer, count, seq_len))
+        packed = _pack(source, documents, tokenizer, count + more[index], seq_len)
+        parts.append(packed[:count])
+        others.append(packed[count:])
         logger.info("calibration data %s: %d sequences of %d tokens", source.path, count, seq_len)
     order = np.random.default_rng([seed, len(sources)]).permutation(num_sequences)
-    return torch.from_numpy(np.concatenate(parts)[order])
+    calibration, evaluation = np.concatenate(parts)[order], np.concatenate(others)
+    return torch.from_numpy(calibration), torch.from_numpy(evaluation)
 
 
-def share_out(sources: list[DataSource], num_sequences: int) -> list[int]:
+def share_out(sources: list[DataSource], num_sequences: int, *, least: int = 1) -> list[int]:
     """Return how many sequences each source gives: weights normalised, largest remainders first.
+
+    Args:
+        sources: With their weights.
+        num_sequences: To be shared.
+        least: What no source may stay below.
 
     Raises:
         ConfigError: No source, or a source whose weight is too small for a single sequence.
@@ -78,7 +125,7 @@ def share_out(sources: list[DataSource], num_sequences: int) -> list[int]:
     for index in by_remainder[: num_sequences - sum(counts)]:
         counts[index] += 1
     for source, count in zip(sources, counts, strict=True):
-        if count == 0:
+        if count < least:
             raise ConfigError(
                 f"weight of data source {source.path}",
                 value=f"{source.weight} of {total}, no sequence of {num_sequences}",
@@ -160,7 +207,8 @@ def _pack(
         value=f"{have} tokens",
         rule=f"{num_sequences} sequences of {seq_len} tokens need {needed}; "
         f"{fits} sequence{'' if fits == 1 else 's'} would fit",
-        remedy="add text, lower num_sequences or seq_len, or lower this source's weight",
+        remedy="add text, lower calibration.num_sequences, evaluation.num_sequences (0 leaves the "
+        "evaluation out) or seq_len, or lower this source's weight",
     )
 
 

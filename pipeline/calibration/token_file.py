@@ -53,7 +53,7 @@ def load_token_file(path: str | Path, num_sequences: int, seq_len: int) -> torch
             str(path),
             value=f"{ids.shape[0]} sequences of {ids.shape[1]} tokens",
             rule=f"{num_sequences} sequences of {seq_len} tokens are needed",
-            remedy=f"use calibration.num_sequences={ids.shape[0]} "
-            f"calibration.seq_len={ids.shape[1]}, or a larger file",
+            remedy="use a larger file, or fewer or shorter sequences: calibration.num_sequences, "
+            "evaluation.num_sequences (0 leaves the evaluation out), seq_len",
         )
     return torch.from_numpy(ids[:num_sequences, :seq_len].astype(np.int64))

@@ -46,6 +46,11 @@ class WorkDirectory:
         return cls(final, final.with_name(final.name + ".partial"))
 
     @property
+    def rejected(self) -> Path:
+        """The name of a finished directory that missed a gate."""
+        return self.final.with_name(self.final.name + ".rejected")
+
+    @property
     def files(self) -> Path:
         """What becomes the final directory."""
         return self.root / "checkpoint"
@@ -91,6 +96,13 @@ def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
             value=kind,
             rule="must not exist, or be empty: finished checkpoints are never overwritten",
             remedy="choose another output, or remove it",
+        )
+    if work.rejected.is_symlink() or work.rejected.exists():
+        raise OutputError(
+            f"output {work.final}",
+            value=f"{work.rejected} is there",
+            rule="an earlier run made it, and it missed a gate: it would be in the way of another",
+            remedy="look at its report, then remove or rename it, or choose another output",
         )
     if work.root.exists() and not work.root.is_dir():
         raise OutputError(
@@ -199,24 +211,29 @@ def publish(
     return named
 
 
-def finalize(work: WorkDirectory) -> Path:
+def finalize(work: WorkDirectory, *, rejected: bool = False) -> Path:
     """Makes the checkpoint appear under its final name by one rename; returns that directory.
+
+    Args:
+        work: Everything lies in `work.files`.
+        rejected: The name is that of a checkpoint that missed a gate.
 
     Raises:
         OutputError: The final name was taken meanwhile.
     """
+    final = work.rejected if rejected else work.final
     try:
-        os.rename(work.files, work.final)  # replaces an empty directory, and nothing else
+        os.rename(work.files, final)  # replaces an empty directory, and nothing else
     except OSError as problem:
         raise OutputError(
-            f"output {work.final}",
+            f"output {final}",
             value=f"cannot be renamed from {work.files} ({problem.strerror})",
             rule="must not exist, or be empty",
-            remedy=f"remove it, then run: mv {work.files} {work.final}",
+            remedy=f"remove it, then run: mv {work.files} {final}",
         ) from problem
-    sync_directory(work.final.parent)
+    sync_directory(final.parent)
     shutil.rmtree(work.root, ignore_errors=True)
-    return work.final
+    return final
 
 
 def final_records(files: Sequence[FileRecord]) -> list[FileRecord]:

@@ -56,15 +56,16 @@ class Attention(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[seq/tp, batch, hidden] to the same; batch entries are separate sequences."""
-        qkv, _ = self.qkv_proj(hidden)
+        qkv, _ = self.qkv_proj(self.probe.quantize("qkv", hidden))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.rows, dim=-1))
         self.probe.activation("k_cache", k)
         self.probe.activation("v_cache", v)
+        k, v = self.probe.quantize("k_cache", k), self.probe.quantize("v_cache", v)
         mixed_lbd = attend(q, k, v)
         amax = self.probe.amax_of("o_proj")
         if amax is not None:
             raise_amax(mixed_lbd, amax)
-        output: torch.Tensor = self.o_proj(mixed_lbd)[0]
+        output: torch.Tensor = self.o_proj(self.probe.quantize("o_proj", mixed_lbd))[0]
         return output
 
 

@@ -73,6 +73,7 @@ class StackedExperts(nn.Module):
             amax=self.probe.amax_of("experts.down_proj"),
         )
         del rows  # its memory is what the next product is written to
+        inner = self.probe.quantize("experts.down_proj", inner)
         output = grouped_mm(inner, self.down_proj, order.groups)
         del inner
         return combine(output, order.position_TK, probs_TK, dtype)

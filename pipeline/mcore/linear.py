@@ -77,7 +77,8 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[seq/tp, batch, hidden] to the same."""
-        up, _ = self.up_proj(hidden)
-        inner = relu_squared_(up, self.probe.amax_of(f"{self.prefix}down_proj"))
-        output: torch.Tensor = self.down_proj(inner)[0]
+        down_proj = f"{self.prefix}down_proj"
+        up, _ = self.up_proj(self.probe.quantize(f"{self.prefix}up_proj", hidden))
+        inner = relu_squared_(up, self.probe.amax_of(down_proj))
+        output: torch.Tensor = self.down_proj(self.probe.quantize(down_proj, inner))[0]
         return output

@@ -83,7 +83,8 @@ class Mamba(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[seq/tp, batch, hidden] to the same; batch entries are separate sequences."""
-        output: torch.Tensor = self.out_proj(self._mix(self.in_proj(hidden)[0]))[0]
+        mixed_lbd = self._mix(self.in_proj(self.probe.quantize("in_proj", hidden))[0])
+        output: torch.Tensor = self.out_proj(self.probe.quantize("out_proj", mixed_lbd))[0]
         return output
 
     def _mix(self, projected_lbd: torch.Tensor) -> torch.Tensor:

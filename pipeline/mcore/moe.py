@@ -71,9 +71,12 @@ class MoE(nn.Module):
         shared expert does.
         """
         tokens = hidden.flatten(0, 1)
-        latents = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
+        latents = tokens
+        if self.fc1_latent_proj is not None:
+            latents = self.fc1_latent_proj(self.probe.quantize("fc1_latent_proj", tokens))
         self._raise_amax("experts.up_proj", latents)  # every token goes to some expert
-        travelling = self.exchange.gather(latents)
+        # Before the exchange: once for each token, not for each of its experts.
+        travelling = self.exchange.gather(self.probe.quantize("experts.up_proj", latents))
         chosen_TK, probs_TK = self.router(tokens)
         self.probe.routing(chosen_TK)
         chosen, probs = self.exchange.gather(chosen_TK), self.exchange.gather(probs_TK)
@@ -95,6 +98,7 @@ class MoE(nn.Module):
         if projection is None:
             return combined if total is None else total.add_(combined)
         self._raise_amax("fc2_latent_proj", combined)
+        combined = self.probe.quantize("fc2_latent_proj", combined)
         if total is None or self.has_bias:
             routed: torch.Tensor = projection(combined)
             return routed if total is None else total.add_(routed)

@@ -22,7 +22,7 @@ from pipeline.mcore.loading import Loader, tensors_of
 from pipeline.mcore.mamba import Mamba
 from pipeline.mcore.moe import MoE
 from pipeline.mcore.norms import RMSNorm
-from pipeline.mcore.tap import Probe, Tap
+from pipeline.mcore.tap import Probe, Quantizer, Tap
 from pipeline.sharding import ParallelDims, Shard, check_layout
 
 ReadShard = Callable[[TensorSpec, Shard], torch.Tensor]
@@ -133,22 +133,26 @@ class Slot:
         return stacked.detach(), self._loader.first_expert
 
     @torch.inference_mode()
-    def forward(self, hidden: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, tap: Tap | None = None, quantizer: Quantizer | None = None
+    ) -> torch.Tensor:
         """Moves hidden states through the layer held now.
 
         Args:
             hidden: Contiguous [seq/tp, batch, hidden]; overwritten by the result.
-            tap: Sees what the layer computes.
+            tap: Sees what the layer computes, before any quantizer.
+            quantizer: Gives what projections read and what the KV cache holds. The norm, the router
+                and the convolution read the values as they are.
 
         Returns:
             `hidden` itself.
         """
         assert self.layer is not None, "forward before fill"
-        self._probe.tap = tap
+        self._probe.tap, self._probe.quantizer = tap, quantizer
         try:
             mixed: torch.Tensor = self._mixer(self._normalize(hidden))
         finally:
-            self._probe.tap = None
+            self._probe.tap = self._probe.quantizer = None
         return hidden.add_(mixed)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -62,7 +62,8 @@ def describe_memory(memory: MemoryPlan) -> str:
     return (
         f"at most {_gb(memory.peak)} of the device: slots {_gb(memory.slots)}, "
         f"{where} {_gb(memory.hidden)}, activations {_gb(memory.activations)}, "
-        f"packing {_gb(memory.packing)}; micro-batches of {memory.micro_batch}; "
+        f"packing {_gb(memory.packing)}, evaluation {_gb(memory.evaluation)}; "
+        f"micro-batches of {memory.micro_batch}; "
         f"host {_gb(memory.host)}"
     )
 

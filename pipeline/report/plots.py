@@ -1,80 +1,48 @@
 """The plots of the report, each an SVG text that goes into a page as it is.
 
-In: a `RunReport`. Out: `Plot` records; a plot whose figures were not measured is left out. Colours
-are CSS variables with a fallback (`--series-1` ...) and the text takes the page's own colour, so
-one drawing serves a light page, a dark page and paper. Series differ by marker as well as colour.
+In: a `RunReport`. Out: `Plot` records; a plot whose figures were not measured is left out. Series
+differ by marker as well as colour.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from pipeline.report.drawing import INK, STYLE, WIDTH_IN, Plot, label_layers, legend, styles, to_svg
+from pipeline.report.fidelity_plots import draw_depth, draw_groups
 from pipeline.report.records import KindReport, RunReport
 from pipeline.report.summary import FORMAT_LABELS, ROLE_LABELS, SECONDS_LABELS, role_label
 
-# Okabe and Ito's palette (distinct for the colour-blind), darkened where it is pale on white.
-SERIES = (
-    "#0072b2", "#d55e00", "#00805f", "#b5538f", "#9a6a00", "#2f8fcf", "#6b4fa0", "#6e6e6e",
-)  # fmt: skip
-MARKERS = "os^Dv<>P"
-# Stand-ins that no drawing uses otherwise: they become the page's text colour.
-INK, FAINT = "#010203", "#010204"
 NO_TOKEN = "#d55e00"
-WIDTH_IN = 9.2
-LEGEND_CHARACTERS = 125  # that fit in one row of that width
 # Share of blocks that take M=4 on i.i.d. Gaussian weights.
 GAUSSIAN_M4_PERCENT = 45.0
-STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.alpha": 0.15,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.markersize": 4.5,
-    "lines.linewidth": 1.0,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure: a short name (its anchor in the page), title, explanation and drawing."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
 
 
 def draw_all(report: RunReport) -> list[Plot]:
     """Draw every plot that the run measured figures for."""
     drawings: list[tuple[str, str, str, Callable[[RunReport], Figure | None]]] = [
+        (
+            "depth",
+            "Error by depth",
+            "Relative error of the hidden states that leave each layer, against the BF16 model's. "
+            "Above: with this layer and all before it quantized. Below: this layer alone, on the "
+            "BF16 model's input; the largest are numbered.",
+            draw_depth,
+        ),
+        (
+            "groups",
+            "Which layer hurts",
+            "Mean KL that quantizing one group of projections adds while all others stay BF16 "
+            "(W4A4), the worst first.",
+            draw_groups,
+        ),
         (
             "error",
             "Error per layer",
@@ -116,7 +84,7 @@ def draw_all(report: RunReport) -> list[Plot]:
         for name, title, caption, draw in drawings:
             figure = draw(report)
             if figure is not None:
-                plots.append(Plot(name, title, caption, _to_svg(figure, name, title)))
+                plots.append(Plot(name, title, caption, to_svg(figure, name, title)))
     return plots
 
 
@@ -128,7 +96,7 @@ def draw_error(report: RunReport) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH_IN, 5.0 if compared else 3.2), layout="constrained")
     rows = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False)[:, 0]
-    for (label, points), (colour, marker) in zip(series.items(), _styles(series), strict=True):
+    for (label, points), (colour, marker) in zip(series.items(), styles(series), strict=True):
         layers = [layer for layer, _ in points]
         error = [100 * math.sqrt(k.squared_error / k.squared_weight) for _, k in points]
         rows[0].plot(layers, error, marker, color=colour, label=label)
@@ -147,8 +115,8 @@ def draw_error(report: RunReport) -> Figure | None:
         rows[0].plot([], [], "o", color=INK, mfc="none", alpha=0.7, label="the same with max")
         rows[1].axhline(0, color=INK, linewidth=0.8)
         rows[1].set_ylabel("squared error vs max (%)")
-    _label_layers(rows[-1], report)
-    _legend(figure, rows[0])
+    label_layers(rows[-1], _indices(report))
+    legend(figure, rows[0])
     return figure
 
 
@@ -162,7 +130,7 @@ def draw_m4(report: RunReport) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH_IN, 2.8), layout="constrained")
     axes = figure.subplots()
-    for (label, points), (colour, marker) in zip(series.items(), _styles(series), strict=True):
+    for (label, points), (colour, marker) in zip(series.items(), styles(series), strict=True):
         if points:
             share = [100 * k.blocks_m4 / k.blocks for _, k in points]
             axes.plot([layer for layer, _ in points], share, marker, color=colour, label=label)
@@ -170,8 +138,8 @@ def draw_m4(report: RunReport) -> Figure | None:
     low, high = axes.get_ylim()
     axes.set_ylim(max(0, min(low, 35)), min(100, max(high, 55)))
     axes.set_ylabel("M=4 blocks (%)")
-    _label_layers(axes, report)
-    _legend(figure, axes)
+    label_layers(axes, _indices(report))
+    legend(figure, axes)
     return figure
 
 
@@ -232,7 +200,7 @@ def draw_input_amax(report: RunReport) -> Figure | None:
     series = dict(sorted(series.items(), key=lambda item: _label_place(item[0])))
     figure = Figure(figsize=(WIDTH_IN, 3.8), layout="constrained")
     axes = figure.subplots()
-    for (label, points), (colour, marker) in zip(series.items(), _styles(series), strict=True):
+    for (label, points), (colour, marker) in zip(series.items(), styles(series), strict=True):
         axes.plot(*zip(*points, strict=True), marker, color=colour, label=label)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -240,8 +208,8 @@ def draw_input_amax(report: RunReport) -> Figure | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("input amax")
-    _label_layers(axes, report)
-    _legend(figure, axes)
+    label_layers(axes, _indices(report))
+    legend(figure, axes)
     return figure
 
 
@@ -254,15 +222,15 @@ def draw_time(report: RunReport) -> Figure | None:
     axes = figure.subplots()
     indices = [layer.layer for layer in report.layers]
     base = np.zeros(len(indices))
-    for kind, (colour, _) in zip(kinds, _styles(kinds), strict=True):
+    for kind, (colour, _) in zip(kinds, styles(kinds), strict=True):
         seconds = np.array([layer.seconds.get(kind, 0.0) for layer in report.layers])
         label = SECONDS_LABELS.get(kind, kind)
         axes.bar(indices, seconds, bottom=base, width=0.8, color=colour, label=label)
         base += seconds
     axes.set_ylabel("time (s)")
     axes.grid(visible=False, axis="x")
-    _label_layers(axes, report)
-    _legend(figure, axes)
+    label_layers(axes, _indices(report))
+    legend(figure, axes)
     return figure
 
 
@@ -289,46 +257,5 @@ def _label_place(label: str) -> int:
     return order.index(role) if role in order else len(order)
 
 
-def _styles(series: Any) -> list[tuple[str, str]]:
-    """Return a colour and a marker per series; beyond eight, the pairs shift and stay distinct."""
-    count = len(SERIES)
-    return [
-        (SERIES[i % count], MARKERS[(i + i // count) % len(MARKERS)]) for i in range(len(series))
-    ]
-
-
-def _label_layers(axes: Any, report: RunReport) -> None:
-    """Label the x axis with layer indices, over the whole model."""
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
-    indices = [layer.layer for layer in report.layers]
-    axes.set_xlim(min(indices) - 0.7, max(indices) + 0.7)
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    """Put the legend of `axes` above the figure, in rows."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        fitting = max(1, LEGEND_CHARACTERS // (max(map(len, labels)) + 6))
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(fitting, len(handles)))
-
-
-def _to_svg(figure: Figure, name: str, title: str) -> str:
-    """Return the figure as an `<svg>` element that takes its colours from the page."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # The salt keeps the ids of this drawing apart from those of the others in the page.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={**nothing})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    used = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    svg = re.sub(r"(?i)#01020[34]", "currentColor", svg)
-    for number, colour in enumerate(SERIES, start=1):
-        svg = re.sub(f"(?i){colour}", f"var(--series-{number}, {colour})", svg)
-    return svg
+def _indices(report: RunReport) -> list[int]:
+    return [layer.layer for layer in report.layers]

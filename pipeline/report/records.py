@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.evaluation.records import EvaluationReport
+
 
 @dataclass(kw_only=True)
 class KindReport:
@@ -48,6 +50,21 @@ class KindReport:
     input_amax: dict[str, float] = field(default_factory=dict)
     worst_tensor: str = ""
     worst_relative_error: float = 0.0
+
+
+@dataclass(kw_only=True)
+class AgainstMax:
+    """Squared error over what it would be under `max`, of all NVFP4 weights.
+
+    Attributes:
+        median: Over the tensors.
+        worst: The largest of them.
+        worst_tensor: Whose it is.
+    """
+
+    median: float
+    worst: float
+    worst_tensor: str
 
 
 @dataclass(kw_only=True)
@@ -114,6 +131,8 @@ class RunReport:
         warnings: What the user should read.
         audit: `passed` (bool), and whatever else the audit counted or found.
         unmatched_patterns: Patterns of the recipe that matched no module.
+        against_max: How NVFP4 weights compare with `max`; None where that was not measured.
+        evaluation: What quantization cost on evaluation text; None where it was not measured.
     """
 
     source: str
@@ -139,3 +158,10 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     audit: dict[str, object] = field(default_factory=dict)
     unmatched_patterns: list[str] = field(default_factory=list)
+    against_max: AgainstMax | None = None
+    evaluation: EvaluationReport | None = None
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the checkpoint missed a gate."""
+        return self.evaluation is not None and bool(self.evaluation.rejected)

@@ -1,8 +1,8 @@
 """`run.json`: the whole report as one JSON file, for scripts and for later comparison.
 
 In: a `RunReport`. Out: a file that appears by one rename, and the same record read back. A
-`summary` (verdict, totals by kind) is written for scripts and ignored on reading. JSON has no NaN
-or Inf: they are written as null.
+`summary` (verdicts, warnings, totals by kind) is written for scripts and ignored on reading. JSON
+has no NaN or Inf: they are written as null.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import OutputError
-from pipeline.report.records import ExpertCoverage, KindReport, KVAmax, LayerReport, RunReport
+from pipeline.evaluation.records import restore
+from pipeline.report.fidelity import all_warnings, describe_fidelity
+from pipeline.report.records import (
+    AgainstMax,
+    ExpertCoverage,
+    KindReport,
+    KVAmax,
+    LayerReport,
+    RunReport,
+)
 from pipeline.report.summary import summarize_kinds, verdict
 
 SCHEMA = 1
@@ -24,11 +33,10 @@ SCHEMA = 1
 def write_run_json(report: RunReport, path: Path) -> None:
     """Write the report, replacing an older file in one step."""
     kinds = [dataclasses.asdict(kind) for kind in summarize_kinds(report)]
-    content = {
-        "schema": SCHEMA,
-        "summary": {"verdict": verdict(report), "kinds": kinds},
-        **dataclasses.asdict(report),
-    }
+    summary = {"verdict": verdict(report), "warnings": all_warnings(report), "kinds": kinds}
+    if report.evaluation is not None:
+        summary["fidelity"] = describe_fidelity(report.evaluation)
+    content = {"schema": SCHEMA, "summary": summary, **dataclasses.asdict(report)}
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(finite(content), file, indent=1, allow_nan=False)
@@ -61,6 +69,10 @@ def read_run_json(path: Path) -> RunReport:
         content["outside"] = [_build(KindReport, kind) for kind in content["outside"]]
         content["coverage"] = [_build(ExpertCoverage, item) for item in content["coverage"]]
         content["kv_amax"] = [_build(KVAmax, item) for item in content["kv_amax"]]
+        if content.get("evaluation") is not None:
+            content["evaluation"] = restore(content["evaluation"])
+        if content.get("against_max") is not None:
+            content["against_max"] = _build(AgainstMax, content["against_max"])
         return _build(RunReport, content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
@@ -83,11 +95,15 @@ def finite(value: Any) -> Any:
 
 
 def _build[Record](record: type[Record], content: dict[str, Any]) -> Record:
-    """Build a record; null in a field that is a plain float was NaN or Inf."""
-    fields = dataclasses.fields(cast(Any, record))
-    floats = {field.name for field in fields if field.type == "float"}
-    values: dict[str, Any] = {
-        name: math.nan if value is None and name in floats else value
-        for name, value in content.items()
-    }
+    """Build a record; null in a field of plain floats was NaN or Inf."""
+    types = {field.name: field.type for field in dataclasses.fields(cast(Any, record))}
+    values = {name: _with_nan(value, types.get(name)) for name, value in content.items()}
     return record(**values)
+
+
+def _with_nan(value: Any, annotation: object) -> Any:
+    if annotation == "float" and value is None:
+        return math.nan
+    if annotation == "dict[str, float]":
+        return {key: math.nan if item is None else item for key, item in value.items()}
+    return value

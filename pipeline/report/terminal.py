@@ -14,6 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.evaluation.records import EvaluationReport
+from pipeline.report.fidelity import (
+    MODE_HARDWARE,
+    advise,
+    all_warnings,
+    describe_fidelity,
+    describe_rejection,
+    describe_sample,
+    layer_row,
+    mode_label,
+    mode_rows,
+    worst_layers,
+)
 from pipeline.report.records import RunReport
 from pipeline.report.summary import (
     FORMAT_LABELS,
@@ -37,6 +50,7 @@ from pipeline.report.summary import (
 
 LABEL_WIDTH = 10
 MOST_WARNINGS = 20
+MOST_WORST = 3
 
 
 def print_report(
@@ -61,17 +75,62 @@ def print_report(
             style="dim",
         )
     )
+    if report.evaluation is not None:
+        print_evaluation(report.evaluation, console)
     console.print()
     for label, text in _facts(report):
         _print_fact(console, label, text)
     for label, path in {"output": report.output, **(files or {})}.items():
         line = Text(f"{label:<{LABEL_WIDTH}}", style="bold")
         console.print(line.append(str(path), style="not bold"), soft_wrap=True)
-    for warning in report.warnings[:MOST_WARNINGS]:
+    warnings = all_warnings(report)
+    for warning in warnings[:MOST_WARNINGS]:
         _print_fact(console, "warning", warning, style="yellow")
-    if len(report.warnings) > MOST_WARNINGS:
-        rest = len(report.warnings) - MOST_WARNINGS
+    if len(warnings) > MOST_WARNINGS:
+        rest = len(warnings) - MOST_WARNINGS
         _print_fact(console, "warning", f"and {rest} more, in run.json", style="yellow")
+
+
+def print_evaluation(evaluation: EvaluationReport, console: Console | None = None) -> None:
+    """Print what quantization cost: verdict, serving modes, worst layers and groups, gates.
+
+    Args:
+        evaluation: What was measured.
+        console: Where to; standard output when None.
+    """
+    console = console or Console(highlight=False)
+    console.print()
+    console.print(Text(describe_fidelity(evaluation), style="bold"))
+    if rejection := describe_rejection(evaluation):
+        console.print(Text(rejection, style="bold red"))
+    if evaluation.modes:
+        console.print(_mode_table(evaluation))
+    _print_fact(console, "evaluated", describe_sample(evaluation))
+    if evaluation.arithmetic:
+        _print_fact(console, "", evaluation.arithmetic)
+    layers = [
+        f"layer {layer.layer} {name}: {' / '.join(errors)} % alone"
+        for layer in worst_layers(evaluation, MOST_WORST)
+        for _, name, *errors in [layer_row(layer, evaluation.modes)]
+    ]
+    groups = [
+        f"{where}: {price}, {pattern}" for where, pattern, price in advise(evaluation, MOST_WORST)
+    ]
+    for label, lines in (("layers", layers), ("try", groups)):
+        for number, line in enumerate(lines):
+            _print_fact(console, "" if number else label, line)
+
+
+def _mode_table(evaluation: EvaluationReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for mode in evaluation.modes:
+        hardware = MODE_HARDWARE.get(str(mode.mode))
+        name = mode_label(mode.mode) + (f" ({hardware})" if hardware else "")
+        table.add_column(Text(name), justify="right")
+    for row in mode_rows(evaluation):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _kind_table(report: RunReport) -> Table:

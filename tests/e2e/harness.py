@@ -10,7 +10,13 @@ from typing import Any
 
 from launch.entry import CONF_DIR
 from pipeline.calibrate import Place, calibrate
-from pipeline.config import CalibrateConfig, CalibrationConfig, Device, ParallelConfig
+from pipeline.config import (
+    CalibrateConfig,
+    CalibrationConfig,
+    Device,
+    EvaluationConfig,
+    ParallelConfig,
+)
 from pipeline.mcore import slots  # noqa: F401  (imported before forking: once, not per rank)
 from pipeline.recipe import load_recipe
 from tests.distributed.helpers import run_ranks
@@ -30,6 +36,7 @@ def golden_config(output: Path, **options: Any) -> CalibrateConfig:
         "data": str(GOLDEN / "calibration_ids.npy"),
         "calibration": CalibrationConfig(**size),
         "parallel": ParallelConfig(**parallel),
+        "evaluation": EvaluationConfig(**{"num_sequences": 0, **options.pop("evaluation", {})}),
         "allow_bad_loss": True,  # the golden model is random
         "timeout_minutes": 1,
         "device": Device.cpu,

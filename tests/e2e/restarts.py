@@ -68,7 +68,7 @@ class Fault:
             "before commit": lambda: _hook(Journal, "commit", self, self._is_unit),
             "marker not yet renamed": lambda: self._in_rename(f"{self.key}.commit.json"),
             "after commit": lambda: _hook(Journal, "commit", self, self._is_unit, after=True),
-            "before loss": lambda: _hook(sweep.Sweep, "measure_loss", self),
+            "before loss": lambda: _hook(sweep.Sweep, "measure", self),
             "before publish": lambda: _hook(publication, "publish", self),
             "renames not yet noted": lambda: self._in_rename("renames.json"),
             "first shard not yet renamed": lambda: self._in_rename("model-00001-of-*"),

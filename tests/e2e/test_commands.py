@@ -31,6 +31,7 @@ SUPER = pytest.param("nemotron3_super", marks=pytest.mark.slow)
 MODELS = ("demo", "nemotron3_nano", SUPER)
 PLAN_KEYS = {"bf16_gb", "quantized_gb", "effective_bits", "per_rank", "refusals"}
 GOLDEN_JOB = (
+    "evaluation.num_sequences=0",
     f"checkpoint={GOLDEN / 'source'}",
     f"data={GOLDEN / 'calibration_ids.npy'}",
     *(f"calibration.{name}={value}" for name, value in GOLDEN_SIZE.items()),

@@ -112,7 +112,36 @@ def test_token_file_that_is_too_small(source: Path, tmp_path: Path) -> None:
         data=str(data),
         value="3 sequences of 32 tokens",
         rule="4 sequences of 32 tokens are needed",
-        remedy="calibration.num_sequences=3",
+        remedy="calibration.num_sequences",
+    )
+
+
+def test_token_file_without_rows_for_the_evaluation(source: Path, tmp_path: Path) -> None:
+    data = write_token_ids(tmp_path / "exact.npy", 4, 32)
+    refuse(
+        DataError,
+        source,
+        recipe=EVERYTHING,
+        data=str(data),
+        evaluation={"num_sequences": 8},
+        value="4 sequences of 32 tokens",
+        rule="12 sequences of 32 tokens are needed",
+        remedy="evaluation.num_sequences (0 leaves the evaluation out)",
+    )
+
+
+def test_evaluation_text_of_another_vocabulary(source: Path, tmp_path: Path) -> None:
+    refuse(
+        DataError,
+        source,
+        recipe=EVERYTHING,
+        data=str(write_token_ids(tmp_path / "calibration.npy", 4, 32)),
+        evaluation={
+            "num_sequences": 2,
+            "data": str(write_token_ids(tmp_path / "e.npy", 2, 32, 97)),
+        },
+        what="token ids",
+        rule="ids 0 to 95",
     )
 
 

@@ -12,6 +12,7 @@ from pipeline.config import (
     CalibrateConfig,
     CalibrationConfig,
     ComputeDtype,
+    EvaluationConfig,
     HiddenStorage,
     Kernels,
     ParallelConfig,
@@ -55,6 +56,47 @@ def test_calibration_numbers_have_a_least_value(name: str, value: int, least: in
     assert getattr(CalibrationConfig(**{name: least}), name) == least
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("num_sequences", -1, 0), ("group_sequences", -1, 0), ("group_seq_len", 1, 2)],
+)
+def test_evaluation_numbers_have_a_least_value(name: str, value: int, least: int) -> None:
+    message = rf"evaluation\.{name}: found {value}; must be at least {least}"
+    with pytest.raises(ConfigError, match=message):
+        EvaluationConfig(**{name: value})
+    with pytest.raises(ConfigError, match=message):
+        composed("calibrate", "checkpoint=x", "output=y", f"evaluation.{name}={value}")
+    assert getattr(EvaluationConfig(**{name: least}), name) == least
+
+
+@pytest.mark.parametrize("name", ["max_kl", "min_top1", "max_perplexity_ratio"])
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan")])
+def test_gates_are_positive(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluation\.{name}: found {value}; must be greater"):
+        EvaluationConfig(**{name: value})
+
+
+def test_a_share_of_positions_is_at_most_one() -> None:
+    assert EvaluationConfig(min_top1=1.0).has_gates
+    with pytest.raises(ConfigError, match=r"found 97\.0; must be greater than 0, at most 1\."):
+        EvaluationConfig(min_top1=97.0)
+    assert EvaluationConfig(max_kl=2.0, max_perplexity_ratio=3.0).has_gates
+    assert not EvaluationConfig().has_gates
+
+
+@pytest.mark.parametrize("gate", ["max_kl", "min_top1", "max_perplexity_ratio"])
+def test_a_gate_needs_something_to_measure(gate: str) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.num_sequences: found 0; max_kl, min_top1"):
+        EvaluationConfig(num_sequences=0, **{gate: 0.5})
+
+
+def test_evaluation_composes() -> None:
+    config = composed("calibrate", "checkpoint=a", "output=b", "evaluation.min_top1=0.97")
+    assert config.evaluation == EvaluationConfig(min_top1=0.97)
+    assert config.evaluation.num_sequences == 8
+    assert composed("plan", "model=demo").evaluation == EvaluationConfig()
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_replacement_scale_must_be_positive_and_finite(scale: float) -> None:
     with pytest.raises(ConfigError, match=r"unobserved_input_scale: found .*positive finite"):
@@ -95,12 +137,15 @@ def test_a_rehearsal_composes() -> None:
     assert config.report_directory == Path("out/layersweep")
 
 
-REHEARSALS = {
+REHEARSALS: dict[str, dict[str, Any]] = {
     "model: found nothing; checkpoint=synthetic makes": {"model": None},
     "model: found demo; the shape of a checkpoint is in": {"checkpoint": "demo"},
     "data: found demo; checkpoint=synthetic has no tokenizer": {"data": "demo"},
     r"data: found \['ids.npy'\]; checkpoint=synthetic": {"data": ["ids.npy"]},
     "report: found there; a checkpoint carries its report": {"output": "out", "report": "there"},
+    "evaluation: found gates; what is measured on random": {
+        "evaluation": EvaluationConfig(max_kl=0.1)
+    },
 }
 
 

@@ -88,3 +88,41 @@ def test_many_ranks_hold_the_sums_of_all_their_tokens() -> None:
     of_one = activation_bytes(ONE.architecture, ParallelDims(), LayerType.moe, tokens, 4096)
     of_many = activation_bytes(ONE.architecture, dims, LayerType.moe, tokens, 4096)
     assert of_many > 64 * tokens * 2048 * (4 + 2) + of_one / 4
+
+
+def test_evaluation_sequences_take_hidden_states_of_four_streams() -> None:
+    """BF16 before and after a layer and one stream for each serving mode; flags of flushed blocks."""
+    without, planned = plan(), plan(evaluated=8)
+    one = 4096 * 8192 * 2
+    flags = SLOTS // 2 // 16  # one byte for every 16 weights of 2 bytes
+    assert without.evaluation == 0
+    assert planned.evaluation == 4 * 8 * one + flags
+    assert planned.peak - without.peak == planned.evaluation
+    assert planned.evaluated_at_a_time == planned.micro_batch // 2 == 4
+    assert plan(evaluated=16).evaluation - planned.evaluation == 4 * 8 * one
+
+
+def test_evaluation_sequences_are_shared_by_the_replicas() -> None:
+    job = ultra(ParallelDims(world=8, ep=8))
+    wish = MemoryWish(device_bytes=H100, evaluated=12)
+    sizes = {"tokens": (512, 4096), "compute_bytes": 2, "slots": SLOTS, "read_ahead": 0}
+    planned = plan_memory(job, wish=wish, **sizes)  # type: ignore[arg-type]
+    assert planned.evaluation == 4 * 2 * 4096 * 8192 * 2 + SLOTS // 32
+
+
+def test_a_single_sequence_at_a_time_needs_room_for_its_quantized_inputs() -> None:
+    single, plain = plan(micro_batch=1, evaluated=8), plan(micro_batch=1)
+    assert single.evaluated_at_a_time == 1
+    more = single.evaluation - plan(micro_batch=2, evaluated=8).evaluation
+    assert more == pytest.approx(plain.activations / 2, rel=1e-6)
+
+
+def test_the_evaluation_makes_micro_batches_smaller_and_stands_in_the_refusal() -> None:
+    assert plan(sequences=600).micro_batch > plan(sequences=600, evaluated=64).micro_batch
+    with pytest.raises(ConfigError, match=r"packing [\d.]+ \+ evaluation 1[5-9]\.\d"):
+        plan(sequences=600, evaluated=64, device_bytes=40 * GIB)
+
+
+def test_without_a_forward_pass_nothing_is_evaluated() -> None:
+    planned = plan(sequences=0, evaluated=8)
+    assert (planned.evaluation, planned.hidden, planned.activations) == (0, 0, 0)

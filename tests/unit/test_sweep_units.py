@@ -17,6 +17,7 @@ from pipeline.errors import SourceError
 from pipeline.job import Job, build_job, estimate_stored
 from pipeline.packing import LayerPacker
 from pipeline.plan_ranks import written_bytes
+from pipeline.reading import Reading, requests_of
 from pipeline.recipe import load_recipe
 from pipeline.runtime.collectives import Ranks
 from pipeline.runtime.progress import Progress
@@ -60,7 +61,7 @@ def sweep_of(job: Job, rank: int = 0, **changes: Any) -> Sweep:
     settings = SweepSettings(
         scalars=ScalarSettings(clamp_kv_scales=True, unobserved_input_scale=None),
         max_shard_bytes=10**9,
-        cast=False,
+        reading=Reading(cast=False),
     )
     values: dict[str, Any] = {
         "job": job,
@@ -113,9 +114,8 @@ def test_without_a_forward_pass_ranks_read_only_what_they_pack() -> None:
     job = job_of("nvfp4_weight_only", dims)
     read = dict.fromkeys((spec.name for spec in job.specs), 0)
     for rank in range(4):
-        sweep = sweep_of(job, rank)
         for schedule in job.schedules:
-            for spec, _, shard in sweep._requests(schedule):
+            for spec, _, shard in requests_of(job, schedule, rank, all_shards=False):
                 size = torch.Size(shard.shape).numel()
                 read[spec.name] += size if shard.counted or not shard.is_whole else 0
     quantized = {
@@ -132,8 +132,7 @@ def test_without_a_forward_pass_ranks_read_only_what_they_pack() -> None:
 def test_with_a_forward_pass_a_rank_reads_all_that_it_holds() -> None:
     dims = ParallelDims(world=4, tp=2, ep=2)
     job = job_of("nvfp4_four_over_six", dims)
-    slots: Any = {}
-    requests = sweep_of(job, 1, slots=slots)._requests(job.schedules[1])
+    requests = requests_of(job, job.schedules[1], 1, all_shards=True)
     experts = {spec.expert for spec, _, _ in requests if spec.role is Role.routed_expert}
     assert experts == {2, 3}  # rank 1 is ep_rank 1
     assert "backbone.layers.1.norm.weight" in {spec.name for spec, _, _ in requests}
@@ -177,7 +176,9 @@ def test_casting_rounds_only_what_may_be_quantized(tmp_path: Path) -> None:
     written = []
     for folder, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
         sweep = on_disk(tmp_path / folder, dtype=dtype)
-        sweep.settings = dataclasses.replace(sweep.settings, cast=dtype is torch.float32)
+        sweep.settings = dataclasses.replace(
+            sweep.settings, reading=Reading(cast=dtype is torch.float32)
+        )
         sweep.run()
         packed = {}
         for path in sweep.files.glob("layer-*"):

@@ -11,7 +11,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.calibration.data import DataSource, check_token_ids, load_sequences, share_out
+from pipeline.calibration.data import (
+    DataSource,
+    check_token_ids,
+    load_and_hold_out,
+    load_sequences,
+    share_out,
+)
 from pipeline.calibration.documents import list_files, read_documents
 from pipeline.errors import ConfigError, DataError
 
@@ -165,6 +171,52 @@ def test_too_little_text_says_how_much_there_is(tmp_path, plain):
         DataError, match=r"found 50 tokens; 4 sequences of 16 tokens need 64; 3 sequences would fit"
     ):
         load_sequences([DataSource(path=str(path))], plain, num_sequences=4, seq_len=16, seed=0)
+
+
+def two_sources(folder: Path) -> list[DataSource]:
+    """Every text, and so every sequence, is another one."""
+    paths = [
+        write_jsonl(folder / f"{name}.jsonl", [f"{name}{i:04d}" for i in range(200)])
+        for name in ("heavy", "light")
+    ]
+    return [DataSource(path=str(p), weight=w) for p, w in zip(paths, (3, 1), strict=True)]
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 2, 5])
+def test_what_is_held_out_follows_and_changes_nothing_else(tmp_path, plain, held_out):
+    sources = two_sources(tmp_path)
+    size = {"num_sequences": 8, "seq_len": 40, "seed": 3}
+    alone = load_sequences(sources, plain, **size)
+    chosen, others = load_and_hold_out(sources, plain, held_out=held_out, **size)
+    assert torch.equal(chosen, alone)
+    assert others.dtype is torch.int64
+    assert others.shape == (held_out, 40)
+    texts = [documents_of(part, plain) for part in (chosen, others)]
+    whole = [{text for text in part if len(text) == len("heavy0000")} for part in texts]
+    assert not whole[0] & whole[1]
+    rows = {tuple(row) for row in [*chosen.tolist(), *others.tolist()]}
+    assert len(rows) == 8 + held_out
+    names = [documents_of(row, plain)[1][:5] for row in others]
+    assert names == ["heavy"] * (held_out - held_out // 4) + ["light"] * (held_out // 4)
+
+
+def test_a_light_source_may_give_nothing_to_the_evaluation(tmp_path, plain):
+    heavy, light = two_sources(tmp_path)
+    light = DataSource(path=light.path, weight=0.5)
+    size = {"num_sequences": 8, "seq_len": 40, "seed": 3}
+    _, others = load_and_hold_out([heavy, light], plain, held_out=2, **size)
+    assert all(documents_of(row, plain)[1].startswith("heavy") for row in others)
+
+
+def test_too_little_text_to_hold_any_out_says_how_to_leave_it_out(tmp_path, plain):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 9] * 5)
+    size = {"num_sequences": 3, "seq_len": 16, "seed": 0}
+    load_sequences([DataSource(path=str(path))], plain, **size)
+    with pytest.raises(
+        DataError,
+        match=r"found 50 tokens; 5 sequences .*evaluation\.num_sequences \(0 leaves the evaluation",
+    ):
+        load_and_hold_out([DataSource(path=str(path))], plain, held_out=2, **size)
 
 
 def test_reading_stops_when_there_is_enough(tmp_path, plain, monkeypatch):

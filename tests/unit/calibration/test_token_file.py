@@ -38,7 +38,9 @@ def test_too_small_a_file_is_refused(tmp_path: Path, sequences: int, seq_len: in
     with pytest.raises(DataError) as caught:
         load_token_file(path, sequences, seq_len)
     assert "found 5 sequences of 8 tokens; " in str(caught.value)
-    assert "calibration.num_sequences=5 calibration.seq_len=8" in str(caught.value)
+    assert f"{sequences} sequences of {seq_len} tokens are needed" in str(caught.value)
+    for option in ("calibration.num_sequences", "evaluation.num_sequences (0 leaves", "seq_len"):
+        assert option in str(caught.value), option
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:

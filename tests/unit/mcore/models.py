@@ -98,8 +98,13 @@ class Reference:
     amax: dict[str, float]
 
 
-def make_reference(variant: str, seed: int = 1) -> Reference:
-    """Builds transformers' model with random weights of realistic scale and runs it in fp32."""
+def make_reference(
+    variant: str, seed: int = 1, prepare: Callable[[torch.nn.Module], None] | None = None
+) -> Reference:
+    """Builds transformers' model with random weights of realistic scale and runs it in fp32.
+
+    `prepare` may change the weights, and how modules compute, before the model runs.
+    """
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
     config = BASE | VARIANTS[variant]
@@ -122,6 +127,8 @@ def make_reference(variant: str, seed: int = 1) -> Reference:
         if without_shared and "shared_experts" in name:
             tensor.zero_()
     ids = torch.randint(0, config["vocab_size"], (BATCH, SEQ_LEN))
+    if prepare is not None:
+        prepare(model)
     amax = _watch_amax(model)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
@@ -177,7 +184,11 @@ def make_slots(
 
 
 def run_layers(
-    reference: Reference, groups: Groups, slots: dict[LayerType, Slot], tap: Any = None
+    reference: Reference,
+    groups: Groups,
+    slots: dict[LayerType, Slot],
+    tap: Any = None,
+    quantizer: Any = None,
 ) -> torch.Tensor:
     """This rank's part of the final hidden states: [seq/tp, its sequences, hidden]."""
     dims, at = groups.dims, groups.at
@@ -186,7 +197,7 @@ def run_layers(
     hidden = hidden.transpose(0, 1).chunk(dims.tp)[at.tp_rank].contiguous()
     for layer, layer_type in enumerate(reference.architecture.layers):
         slots[layer_type].fill(layer, reader(reference.tensors))
-        hidden = slots[layer_type].forward(hidden, tap)
+        hidden = slots[layer_type].forward(hidden, tap, quantizer)
     return hidden
 
 

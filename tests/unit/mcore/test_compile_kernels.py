@@ -210,6 +210,6 @@ def test_experts_of_several_ranks_add_up_in_fp32(
         recipe="x",
         parallel=ParallelConfig(tp=tp, ep=ep, etp=etp),
     )
-    opened = preparation._open_source(config, CONF_DIR, CPU)
+    opened = preparation.open_checkpoint(config, CONF_DIR, CPU)
     preparation._compile_ahead(config, opened, Place(0, tp * ep * etp), torch.device("cuda"))
     assert asked["sums_in_fp32"] is expected

@@ -1,5 +1,6 @@
 """The page: well-formed, self-contained, escaped, complete; and the drawings in it."""
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import pytest
 from pipeline.report.html import render_html, write_html
 from pipeline.report.plots import draw_all
 from pipeline.report.records import ExpertCoverage
+from tests.unit.report.sample import sample_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = '<script>alert("x")</script> & $\\frac{1}{2}$ "quoted"'
@@ -60,7 +62,7 @@ def test_values_are_there_and_the_verdict_comes_first(page):
         "routed experts NVFP4 4-over-6 64 320,000 180.0 kB 9.00 -19.0 % 45.02 0.20",
         "Mamba in FP8 max 1 40,000 40.00 kB 2.65 - - -",
         "embedding BF16 1 32,768 65.54 kB",
-        "4,096",
+        "Calibrated on 4,096 tokens",
         "1.2345 nats per token",
         "1 saw no token: layer 3 expert 15",
         "backbone.layers.3.mixer.experts.3.up_proj.weight",
@@ -84,7 +86,77 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert all("http" not in (v or "") or n.startswith("xmlns") for n, v in page.attributes)
 
 
+def test_an_evaluation_comes_first_and_is_complete():
+    report = sample_report(108)
+    evaluation = report.evaluation
+    evaluation.modes[1].clipped = 0.0021
+    errors = [100 * error for error in evaluation.layers[3].alone.values()]
+    page = Page(render_html(report))
+    before, _, after = page.text.partition("What became of the weights")
+    for expected in (
+        "hybrid-550b-nvfp4 W4A4 keeps 98.9 % of the top-1 tokens, KL 0.0123 nats, perplexity 5.313 "
+        "against 5.254 (+1.1 %). Passed the audit: 1,118 GB",
+        "W4A16 clips 0.21 % of the quantized inputs",
+        "W4A4 (Blackwell) W4A16 (Hopper) perplexity (BF16: 5.254) 5.313 5.289",
+        "clipped inputs, % 0.021 0.210",
+        "on 8 x 8,192 tokens: held-out sequences",
+        "48 layers x 64, 1 saw no token: layer 107 expert 3",
+        "Arithmetic: products in BF16",
+        "Error by depth",
+        "accumulated (%)",
+        f"layer type W4A4 % W4A16 % 3 MoE {errors[0]:.2f} {errors[1]:.2f}",
+        "Which layer hurts",
+        f"And {len(evaluation.groups) - 15} groups that add less, in run.json.",
+    ):
+        assert expected in before, expected
+    assert before.count(evaluation.groups[0].pattern) == 2
+    assert before.count(evaluation.groups[14].pattern) == 1
+    assert evaluation.groups[15].pattern not in page.text
+    assert "Evaluation took 2 min 40 s" in after
+    assert "was not measured" not in page.text
+
+
+def test_gates_and_groups_show_only_where_they_are():
+    report = sample_report()
+    report.evaluation.groups = []
+    page = Page(render_html(report))
+    assert "Which layer hurts" not in page.text
+    assert "Rejected" not in page.text
+    assert ("class", "verdict good") in page.attributes
+    report.evaluation.rejected = ["KL too <high>", "top-1 too low"]
+    page = Page(render_html(report))
+    assert "(+1.1 %). Rejected: KL too <high>; top-1 too low. Passed the audit" in page.text
+    assert ("class", "verdict bad") in page.attributes
+    report.audit["passed"] = False
+    page = Page(render_html(report))
+    assert page.text.index("FAILED the audit") < page.text.index("W4A4 keeps")
+
+
+def test_evaluation_that_is_not_finite_or_lacks_a_mode():
+    report = sample_report()
+    evaluation = report.evaluation
+    evaluation.perplexity = evaluation.modes[0].perplexity = evaluation.modes[0].kl_p99 = math.nan
+    evaluation.layers[2].alone["w4a4"] = math.inf
+    del evaluation.layers[4].accumulated["w4a16"]
+    evaluation.groups[0].kl_mean = evaluation.groups[1].extra_bits_bf16 = math.nan
+    page = Page(render_html(report))
+    assert "perplexity not finite against not finite (-)" in page.text
+    assert not re.search(r"\bnan\b|\binf\b", page.text)
+    assert "layer type W4A4 % W4A16 % 2 Mamba - 1.02" in page.text
+    evaluation.modes, evaluation.layers, evaluation.groups = [], [], []
+    assert "depth" not in [plot.name for plot in draw_all(report)]
+    assert "No serving mode was measured" in Page(render_html(report)).text
+
+
 def test_hostile_names_are_escaped(report):
+    evaluation = sample_report().evaluation
+    report.evaluation = evaluation
+    evaluation.data = evaluation.arithmetic = evaluation.modes[0].mode = HOSTILE
+    evaluation.rejected = [HOSTILE]
+    for item in (*evaluation.groups, *evaluation.layers):
+        item.layer_type = HOSTILE
+    for group in evaluation.groups:
+        group.group = group.pattern = group.format = HOSTILE
     report.output = f"/results/{HOSTILE}"
     report.warnings = [HOSTILE]
     report.recipe = report.source = report.hardware = HOSTILE
@@ -108,7 +180,7 @@ def test_weight_only_run(weight_only_report):
     plots = [plot.name for plot in draw_all(weight_only_report)]
     assert plots == ["error", "m4", "time"]
     page = Page(render_html(weight_only_report))
-    assert "none (no forward pass)" in page.text
+    assert "Calibrated no (no forward pass)" in page.text
     assert "nats per token" not in page.text
     assert "Expert token coverage" not in page.text
 
@@ -122,6 +194,7 @@ def test_run_without_anything_optional(weight_only_report):
     assert draw_all(report) == []
     page = Page(render_html(report))
     assert "Not audited: 873.8 kB of BF16 became 373.8 kB, 6.84 bits per parameter." in page.text
+    assert page.text.count("was not measured: evaluation.num_sequences=8") == 1
 
 
 def test_drawings_are_xml_with_labels_units_and_ids_of_their_own(report):

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.report.terminal import print_report
+from tests.unit.report.sample import sample_report
 
 
 def render(report, files=None, **options) -> str:
@@ -41,6 +42,30 @@ def test_everything_is_said_in_80_columns(report):
         "warning something to read",
     ):
         assert expected in words, expected
+
+
+def test_an_evaluation_follows_the_table_in_80_columns():
+    report = sample_report(108)
+    evaluation = report.evaluation
+    evaluation.rejected = ["W4A4 mean KL 0.0123 is above max_kl=0.01"]
+    evaluation.modes[0].clipped = 0.0021
+    errors = [100 * error for error in evaluation.layers[3].alone.values()]
+    text = render(report)
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    _, table, block = words.partition("flushed: % of blocks that Hopper zeroes.")
+    assert table
+    for expected in (
+        "W4A4 keeps 98.9 % of the top-1 tokens, KL 0.0123 nats, perplexity 5.313 against 5.254",
+        "Rejected: W4A4 mean KL 0.0123 is above max_kl=0.01.",
+        "W4A4 (Blackwell) W4A16 (Hopper)",
+        "perplexity against BF16 +1.1 % +0.7 %",
+        "evaluated 8 x 8,192 tokens: held-out sequences of the calibration data",
+        f"layers layer 3 MoE: {errors[0]:.2f} / {errors[1]:.2f} % alone layer ",
+        f"try layer {evaluation.groups[0].layer}, ",
+        "warning W4A4 clips 0.21 % of the quantized inputs",
+    ):
+        assert expected in block, expected
 
 
 def test_paths_are_never_broken_and_names_are_no_markup(report):

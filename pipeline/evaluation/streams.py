@@ -1,0 +1,169 @@
+"""The shadow streams: evaluation text on its way through the layers, in BF16 and as served.
+
+In: token ids; layer by layer a slot that holds first the BF16 weights, then those of a serving
+mode. Out: per layer how far the hidden states went apart, and at the end both models'
+distributions over the next token (`pipeline.evaluation.fidelity`). Memory: the hidden states of
+the BF16 stream before and after a layer, and those of one stream for each mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeline.calibration.hidden import HiddenStore, MicroBatch
+from pipeline.evaluation.inputs import InputQuantizer
+from pipeline.evaluation.records import ServingMode
+from pipeline.evaluation.scales import LayerScales
+from pipeline.runtime.collectives import Ranks, reduce_sum
+from pipeline.sharding import ParallelDims
+from pipeline.weights import LayerSlot
+
+
+class Bf16Stream:
+    """The evaluation sequences in BF16, before and after the layer at hand.
+
+    Attributes:
+        store: Their hidden states.
+        before: Those that entered the layer; empty between layers.
+    """
+
+    def __init__(self, store: HiddenStore) -> None:
+        self.store = store
+        self.before: list[torch.Tensor] = []
+
+    @torch.inference_mode()
+    def move(self, slot: LayerSlot) -> None:
+        """Through the layer that the slot holds; its input is kept."""
+        self.before = [batch.hidden.clone() for batch in self.store.batches]
+        for batch in self.store.batches:
+            batch.hidden = slot.forward(batch.hidden)
+
+
+class Streams:
+    """The evaluation sequences of this rank, once for BF16 and once for each serving mode.
+
+    Args:
+        token_ids: int64 [sequences, seq_len], the same on every rank.
+        embedding: [vocab, hidden], in the source's dtype.
+        dims: The rank grid.
+        rank: This rank.
+        layers: Number of layers.
+        micro_batch: Sequences per forward call.
+        dtype: Compute dtype.
+        device: Where the layers run.
+        modes: Of serving.
+        backend: Name of what quantizes inputs.
+    """
+
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        embedding: torch.Tensor,
+        dims: ParallelDims,
+        rank: int,
+        *,
+        layers: int,
+        micro_batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        modes: Sequence[ServingMode],
+        backend: str,
+    ) -> None:
+        store = HiddenStore(
+            token_ids, embedding, dims, rank, micro_batch=micro_batch, dtype=dtype, device=device
+        )
+        self._begin(Bf16Stream(store), layers, tuple(modes), backend)
+
+    def beside(self) -> Streams:
+        """Other streams of the same text before the first layer, with the same BF16 stream.
+
+        `bf16` and `end_layer` are to be called of one of them.
+        """
+        other = object.__new__(Streams)
+        other._begin(self._bf16, len(self._sums), self.modes, self.backend)
+        return other
+
+    def _begin(
+        self, bf16: Bf16Stream, layers: int, modes: tuple[ServingMode, ...], backend: str
+    ) -> None:
+        self._bf16, self.modes, self.backend = bf16, modes, backend
+        device = self.store.device
+        self.served = {mode: [batch.hidden.clone() for batch in self.batches] for mode in modes}
+        # By layer and mode: squared difference accumulated, and alone; then squared BF16 norm.
+        self._sums = torch.zeros(layers, len(modes), 3, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(len(modes), 2, dtype=torch.float64, device=device)
+
+    @property
+    def store(self) -> HiddenStore:
+        """Of the BF16 stream."""
+        return self._bf16.store
+
+    @property
+    def batches(self) -> list[MicroBatch]:
+        """The BF16 stream."""
+        return self.store.batches
+
+    def bf16(self, slot: LayerSlot) -> None:
+        """Moves the BF16 stream through the layer that the slot holds, and keeps its input."""
+        self._bf16.move(slot)
+
+    @torch.inference_mode()
+    def quantized(
+        self, layer: int, mode: ServingMode, slot: LayerSlot, scales: LayerScales
+    ) -> None:
+        """Moves a mode's stream through the layer, and the BF16 stream's input through it alone.
+
+        Args:
+            layer: Its index.
+            mode: Of serving.
+            slot: Holds the weights of that mode.
+            scales: Of the layer's inputs.
+        """
+        index, device = self.modes.index(mode), self.store.device
+        counting, plain = (
+            InputQuantizer(scales, mode, device, self.backend, counts=counts)
+            for counts in (self._counts[index], None)
+        )
+        sums, stream = self._sums[layer, index], self.served[mode]
+        for number, batch in enumerate(self.batches):
+            stream[number] = slot.forward(stream[number], quantizer=counting)
+            alone = slot.forward(self._bf16.before[number].clone(), quantizer=plain)
+            for place, values in ((0, stream[number]), (1, alone)):
+                sums[place] += _squares(values, batch.weights, batch.hidden)
+            sums[2] += _squares(batch.hidden, batch.weights)
+
+    def end_layer(self) -> None:
+        """Lets go of the BF16 stream's input."""
+        self._bf16.before = []
+
+    def errors(self, ranks: Ranks) -> list[Mapping[ServingMode, tuple[float, float]]]:
+        """Relative errors of each layer by mode, accumulated and alone; a collective."""
+        sums = reduce_sum(self._sums, ranks.world)
+        relative = (sums[..., :2] / sums[..., 2:]).sqrt().tolist()
+        return [
+            {mode: (pair[0], pair[1]) for mode, pair in zip(self.modes, row, strict=True)}
+            for row in relative
+        ]
+
+    def clipped(self, ranks: Ranks) -> dict[ServingMode, float]:
+        """Share of quantized inputs beyond the calibrated amax, by mode; a collective."""
+        counts = reduce_sum(self._counts, ranks.world).tolist()
+        return {
+            mode: beyond / elements if elements else 0.0
+            for mode, (elements, beyond) in zip(self.modes, counts, strict=True)
+        }
+
+
+def _squares(
+    values: torch.Tensor, weights: torch.Tensor, subtracted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of squares (of differences) of [seq, batch, hidden], fp64 []; padding has weight 0."""
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for column in range(values.shape[1]):
+        part = values[:, column].float()
+        if subtracted is not None:
+            part = part - subtracted[:, column].float()
+        total += part.square().sum(dtype=torch.float64) * weights[column]
+    return total
