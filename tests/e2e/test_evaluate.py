@@ -160,7 +160,7 @@ def test_predictions_are_those_of_model_optimizers_fake_quantization(
         torch.save(kept, tmp_path / "kept.pt")
         return measure(streams, head, ranks)
 
-    monkeypatch.setattr("pipeline.evaluate.measure", keep)
+    monkeypatch.setattr("pipeline.evaluation.in_sweep.measure", keep)
     run(copy_export(recipe, tmp_path / "export"))
     ours = torch.load(tmp_path / "kept.pt")
     theirs = np.load(GOLDEN / recipe / "modelopt.npz")

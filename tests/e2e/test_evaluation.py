@@ -114,7 +114,7 @@ def test_every_layout_measures_the_same(
         near = rel if mine["mode"] == "w4a4" else 1e-5
         for name in ("perplexity", "kl_mean", "kl_p99"):
             assert mine[name] == pytest.approx(other[name], rel=near), (mine["mode"], name)
-        assert mine["top1"] == pytest.approx(other["top1"], abs=near)
+        assert mine["top1"] == pytest.approx(other["top1"], abs=2 * near)  # of 285 positions
     for mine, other in zip(ours["layers"], theirs["layers"], strict=True):
         assert mine["alone"] == pytest.approx(other["alone"], rel=1e-5), mine["layer"]
         assert mine["accumulated"] == pytest.approx(other["accumulated"], rel=rel), mine["layer"]

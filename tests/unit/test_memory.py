@@ -91,7 +91,7 @@ def test_many_ranks_hold_the_sums_of_all_their_tokens() -> None:
 
 
 def test_evaluation_sequences_take_hidden_states_of_four_streams() -> None:
-    """BF16 before and after a layer and one stream for each serving mode; flags of flushed blocks."""
+    """BF16 before and after a layer, one stream for each serving mode; flags of flushed blocks."""
     without, planned = plan(), plan(evaluated=8)
     one = 4096 * 8192 * 2
     flags = SLOTS // 2 // 16  # one byte for every 16 weights of 2 bytes
@@ -117,8 +117,9 @@ def test_a_single_sequence_at_a_time_needs_room_for_its_quantized_inputs() -> No
     assert more == pytest.approx(plain.activations / 2, rel=1e-6)
 
 
-def test_the_evaluation_makes_micro_batches_smaller_and_stands_in_the_refusal() -> None:
-    assert plan(sequences=600).micro_batch > plan(sequences=600, evaluated=64).micro_batch
+def test_the_evaluation_sends_hidden_states_to_the_host_and_stands_in_the_refusal() -> None:
+    assert not plan(sequences=600).hidden_on_host
+    assert plan(sequences=600, evaluated=64).hidden_on_host
     with pytest.raises(ConfigError, match=r"packing [\d.]+ \+ evaluation 1[5-9]\.\d"):
         plan(sequences=600, evaluated=64, device_bytes=40 * GIB)
 
