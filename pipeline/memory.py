@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pipeline.architecture import Architecture, LayerType, TensorSpec
 from pipeline.blocks import expert_spec, experts_per_chunk
 from pipeline.errors import ConfigError
+from pipeline.evaluation.groups import groups_of
 from pipeline.evaluation.records import ServingMode
 from pipeline.job import Job
 from pipeline.nvfp4.formats import BLOCK_SIZE, Format
@@ -54,12 +55,16 @@ class MemoryWish:
         hidden_store: auto, device or host.
         device_bytes: Memory of a rank's device; None on a CPU.
         evaluated: Evaluation sequences.
+        group_sequences: Of them, how many pass with each group of projections quantized alone.
+        group_seq_len: Tokens of those.
     """
 
     micro_batch: int | None = None
     hidden_store: str = "auto"
     device_bytes: int | None = None
     evaluated: int = 0
+    group_sequences: int = 0
+    group_seq_len: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +142,11 @@ def plan_memory(
         if wish.evaluated and tokens[0]:
             streams = (2 + len(ServingMode)) * math.ceil(wish.evaluated / job.dims.dp)
             evaluation = streams * per_sequence + slots // (BLOCK_SIZE * compute_bytes)
+            if wish.group_sequences:
+                found = sum(len(groups_of(s, job.architecture)) for s in job.schedules)
+                length = min(wish.group_seq_len, tokens[1])
+                share = math.ceil(wish.group_sequences / job.dims.dp)
+                evaluation += (found + 2) * share * per_sequence * length // tokens[1]
             if micro_batch == 1:  # quantized inputs beside the others; else half a micro-batch is
                 evaluation += activations * compute_bytes // 4
         host = staging + read_ahead + (sequences * per_sequence if on_host else 0)

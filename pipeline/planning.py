@@ -68,6 +68,8 @@ def plan_of(config: PlanConfig, conf_dir: Path) -> Plan:
             config.hidden_store.value,
             None if config.device_gib is None else round(config.device_gib * 2**30),
             config.evaluation.num_sequences,
+            config.evaluation.group_sequences,
+            config.evaluation.group_seq_len,
         ),
         max_shard_bytes=int(config.max_shard_gb * 1e9),
         extra_refusals=refusals,

@@ -115,7 +115,9 @@ def prepare_several(
     work = _check_output(config, opened.source)
     # One stream of each serving mode for every recipe.
     evaluation = dataclasses.replace(
-        config.evaluation, num_sequences=config.evaluation.num_sequences * len(recipes)
+        config.evaluation,
+        num_sequences=config.evaluation.num_sequences * len(recipes),
+        group_sequences=0,
     )
     options = {item.name: getattr(config, item.name) for item in fields(CalibrateConfig)}
     prepared = []
@@ -284,6 +286,8 @@ def _memory_wish(config: CalibrateConfig, device: torch.device) -> MemoryWish:
         config.hidden_store.value,
         size,
         config.evaluation.num_sequences,
+        config.evaluation.group_sequences,
+        config.evaluation.group_seq_len,
     )
 
 

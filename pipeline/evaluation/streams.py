@@ -91,6 +91,7 @@ class Streams:
         self._bf16, self.modes, self.backend = bf16, modes, backend
         device = self.store.device
         self.served = {mode: [batch.hidden.clone() for batch in self.batches] for mode in modes}
+        self._is_whole = [bool((batch.weights == 1).all()) for batch in self.batches]
         # By layer and mode: squared difference accumulated, and alone; then squared BF16 norm.
         self._sums = torch.zeros(layers, len(modes), 3, dtype=torch.float64, device=device)
         self._counts = torch.zeros(len(modes), 2, dtype=torch.float64, device=device)
@@ -128,7 +129,9 @@ class Streams:
         )
         sums, stream = self._sums[layer, index], self.served[mode]
         for number, batch in enumerate(self.batches):
-            stream[number] = slot.forward(stream[number], quantizer=counting)
+            # What repeats a sequence of another rank is not counted.
+            quantizer = counting if self._is_whole[number] else plain
+            stream[number] = slot.forward(stream[number], quantizer=quantizer)
             alone = slot.forward(self._bf16.before[number].clone(), quantizer=plain)
             for place, values in ((0, stream[number]), (1, alone)):
                 sums[place] += _squares(values, batch.weights, batch.hidden)
@@ -148,7 +151,10 @@ class Streams:
         ]
 
     def clipped(self, ranks: Ranks) -> dict[ServingMode, float]:
-        """Share of quantized inputs beyond the calibrated amax, by mode; a collective."""
+        """Share of quantized inputs beyond the calibrated amax, by mode; a collective.
+
+        Counted in micro-batches without padding.
+        """
         counts = reduce_sum(self._counts, ranks.world).tolist()
         return {
             mode: beyond / elements if elements else 0.0

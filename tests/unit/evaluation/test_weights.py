@@ -33,6 +33,7 @@ from tests.unit.test_packing import (
 
 CPU = torch.device("cpu")
 Choose = Callable[[TensorSpec], ModuleFormat]
+SMALL_ROWS = range(3, 19)
 SMALL = {
     f"{EXPERTS}.1.up_proj.weight",
     f"{ATTENTION}.o_proj.weight",
@@ -41,10 +42,11 @@ SMALL = {
 
 
 def with_small_blocks() -> Tensors:
-    """Some blocks so small that the format still holds them and Hopper's kernels do not."""
+    """Blocks of ever smaller scales: the format holds them all, Hopper's kernels do not."""
     changed = {name: weight.clone() for name, weight in WEIGHTS.items()}
     for name in SMALL:
-        changed[name][3:5, 16:48] *= 2.0**-15
+        for row in SMALL_ROWS:
+            changed[name][row, 16:48] *= 2.0 ** -(12 + row / 8)
     return changed
 
 
@@ -168,7 +170,9 @@ def test_a_flush_zeroes_the_blocks_of_small_scales_and_no_others(
     for name, (values, _) in by_name.items():
         zeroed = (values != wanted[name]).nonzero()
         assert bool(len(zeroed)) is (name in SMALL), name
-        assert {row for row, _ in zeroed.tolist()} <= {3, 4}
+        assert {row for row, _ in zeroed.tolist()} <= set(SMALL_ROWS)
+    scales = torch.cat([by_name[name][1].flatten() for name in SMALL])
+    assert (scales == HOPPER_FLUSH_BELOW).any(), "the least scale that is kept"
     for schedule in schedules(mixed, ParallelDims()):
         slot = slots[schedule.layer_type]
         served = serve(slot, schedule)
