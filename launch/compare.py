@@ -14,7 +14,14 @@ from pipeline.comparison import compare_recipes
 from pipeline.config import PlanOutput, to_dataclass
 from pipeline.config_compare import CompareConfig
 from pipeline.preparation import Place
-from pipeline.report.comparison import print_rows, read_rows, row_of, to_values, write_rows
+from pipeline.report.comparison import (
+    notes_of,
+    print_rows,
+    read_rows,
+    row_of,
+    to_values,
+    write_rows,
+)
 from pipeline.report.plan_table import print_json
 from pipeline.runtime.collectives import disconnect
 from pipeline.runtime.logs import set_up_logging
@@ -31,7 +38,10 @@ def _act(composed: DictConfig, place: Place) -> int:
     notes: list[str] = []
     if config.runs:
         rows = read_rows(config.runs)
-        notes.append("from the reports of finished runs")
+        notes += [
+            "from the reports of finished runs; time is that of the whole run",
+            *notes_of(rows),
+        ]
     else:
         reports = compare_recipes(config, CONF_DIR, place)
         disconnect()
@@ -50,7 +60,7 @@ def _act(composed: DictConfig, place: Place) -> int:
     if config.table is PlanOutput.json:
         print_json(to_values(rows, notes))
     else:
-        print_rows(rows, files=config.report_directory)
+        print_rows(rows, notes, files=config.report_directory)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import DISCARD, CalibrateConfig, PlanOutput
+from pipeline.config import DISCARD, CalibrateConfig, EvaluationConfig, PlanOutput
 from pipeline.errors import ConfigError
 
 COMPARISON_DIRECTORY = "layersweep-comparison"
@@ -25,6 +25,9 @@ class CompareConfig(CalibrateConfig):
     checkpoint: str = ""
     output: str = DISCARD
     recipe: str = ""
+    evaluation: EvaluationConfig = field(
+        default_factory=lambda: EvaluationConfig(group_sequences=0)
+    )
     recipes: list[str] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
     table: PlanOutput = PlanOutput.table
@@ -53,6 +56,18 @@ class CompareConfig(CalibrateConfig):
                 "raise it",
             ),
             (
+                "evaluation",
+                self.evaluation.has_gates,
+                "a comparison has no gates",
+                "leave them out; they go with launch.calibrate and launch.evaluate",
+            ),
+            (
+                "evaluation.group_sequences",
+                self.evaluation.group_sequences > 0,
+                "only launch.calibrate tells which group hurts",
+                "leave it out",
+            ),
+            (
                 "recipes",
                 len(set(self.recipes)) < len(self.recipes),
                 "every recipe stands there once",
@@ -60,7 +75,8 @@ class CompareConfig(CalibrateConfig):
             ),
         ):
             if is_wrong:
-                value = getattr(self, name) if "." not in name else 0
+                group, _, option = name.rpartition(".")
+                value = getattr(getattr(self, group) if group else self, option)
                 raise ConfigError(name, value=value, rule=rule, remedy=remedy)
 
     @property

@@ -20,7 +20,9 @@ class EvaluateConfig:
     seq_len: int = 4096
     seed: int = 0
     micro_batch: int = 1
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = field(
+        default_factory=lambda: EvaluationConfig(group_sequences=0)
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: ComputeDtype = ComputeDtype.auto
     device: Device = Device.auto
@@ -57,6 +59,13 @@ class EvaluateConfig:
                 value=self.evaluation.num_sequences,
                 rule="an evaluation needs text",
                 remedy="leave it out for 8 sequences",
+            )
+        if self.evaluation.group_sequences:
+            raise ConfigError(
+                "evaluation.group_sequences",
+                value=self.evaluation.group_sequences,
+                rule="only launch.calibrate tells which group hurts",
+                remedy="leave it out",
             )
         if (self.data is None) == (self.evaluation.data is None):
             raise ConfigError(

@@ -23,7 +23,13 @@ from pipeline.config_evaluate import EvaluateConfig
 from pipeline.errors import NumericsError
 from pipeline.evaluation.fidelity import Head
 from pipeline.evaluation.filling import LayerFiller
-from pipeline.evaluation.findings import find_outlying_layers, find_wrong_weights, relative_errors
+from pipeline.evaluation.findings import (
+    find_changed_copies,
+    find_outlying_layers,
+    find_wrong_scales,
+    find_wrong_weights,
+    relative_errors,
+)
 from pipeline.evaluation.gates import missed_gates
 from pipeline.evaluation.in_sweep import conclude
 from pipeline.evaluation.opening import Opened, describe_text, load_text, open_both
@@ -114,7 +120,7 @@ def _measure(
         compute_dtype=opened.dtype,
         seq_len=config.seq_len,
     )
-    squares = _visit_layers(config, opened, ranks, slots, streams)
+    squares, changed = _visit_layers(config, opened, ranks, slots, streams)
     norm, head = outer["backbone.norm_f.weight"], outer.get("lm_head.weight", embedding)
     report = conclude(
         streams,
@@ -125,7 +131,12 @@ def _measure(
         dtype=opened.dtype,
     )
     parts = gather_objects(squares, ranks.world)
-    return None if ranks.rank else _conclude(config, opened, report, relative_errors(parts))
+    copies = gather_objects(changed, ranks.world)
+    if ranks.rank:
+        return None
+    wrong = find_changed_copies(list(dict.fromkeys(name for part in copies for name in part)))
+    wrong += find_wrong_scales(parts, opened.checkpoint)
+    return _conclude(config, opened, report, relative_errors(parts), wrong)
 
 
 def _visit_layers(
@@ -134,8 +145,12 @@ def _visit_layers(
     ranks: Ranks,
     slots: Mapping[LayerType, LayerSlot],
     streams: Streams,
-) -> dict[str, tuple[float, float]]:
-    """Moves all streams through all layers; returns this rank's part of the weights' errors."""
+) -> tuple[dict[str, tuple[float, ...]], list[str]]:
+    """Moves all streams through all layers.
+
+    Returns:
+        This rank's part of the weights' errors, and which unquantized tensors are not the source's.
+    """
     progress = Progress(
         len(opened.architecture.layers),
         streams.store.tokens,
@@ -164,11 +179,15 @@ def _visit_layers(
                 streams.quantized(layer, mode, slot, scales)
             streams.end_layer()
             progress.layer_done(layer, layer_type, phase="evaluate")
-        return filler.squares()
+        return filler.squares(), filler.changed_copies()
 
 
 def _conclude(
-    config: EvaluateConfig, opened: Opened, report: EvaluationReport, errors: Mapping[str, float]
+    config: EvaluateConfig,
+    opened: Opened,
+    report: EvaluationReport,
+    errors: Mapping[str, float],
+    wrong: list[str],
 ) -> EvaluationResult:
     """Gates, weights that are not the source's, and what stands out.
 
@@ -189,7 +208,7 @@ def _conclude(
         if not (math.isfinite(mode.kl_mean) and math.isfinite(mode.perplexity))
     ]
     report.rejected += missed_gates(report, config.evaluation)
-    report.rejected += find_wrong_weights(errors, checkpoint)
+    report.rejected += find_wrong_weights(errors, checkpoint) + wrong
     warnings = find_outlying_layers(report.layers, checkpoint, errors)
     warnings += clipping_warnings(report.modes)
     warnings += checkpoint.notes()

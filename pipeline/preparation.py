@@ -162,6 +162,15 @@ def decide(
                 remedy="data=FILE, a directory or a Hub dataset; data=demo is Python source",
             )
         )
+    if config.evaluation.has_gates and not job.resolution.needs_forward:
+        refusals.append(
+            ConfigError(
+                "evaluation",
+                value="gates",
+                rule=f"recipe {recipe.name} needs no forward pass, so nothing is measured",
+                remedy="leave them out, and give them to launch.evaluate afterwards",
+            )
+        )
     if refusals:
         raise _join(refusals)
     dtype, read_ahead = choose_dtype(config.compute_dtype, device), config.read_ahead_gb

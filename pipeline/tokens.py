@@ -16,6 +16,7 @@ from pipeline.calibration.token_file import is_token_file, load_token_file
 from pipeline.checkpoint.source import FileSource, Source
 from pipeline.checkpoint.synthetic import SyntheticSource, random_token_ids
 from pipeline.config import CalibrateConfig, data_sources
+from pipeline.errors import DataError
 
 
 class TokenIds(NamedTuple):
@@ -55,10 +56,29 @@ def load_tokens(
             config, conf_dir, source, vocab_size, config.evaluation.data, count, 0, seed=0
         )
         tokens = TokenIds(tokens.calibration, others.calibration)
+        _refuse_overlap(tokens, config)
     for ids in tokens:
         if len(ids):
             check_token_ids(ids, vocab_size)
     return tokens
+
+
+def _refuse_overlap(tokens: TokenIds, config: CalibrateConfig) -> None:
+    """What was calibrated on says too little about what quantization costs.
+
+    Raises:
+        DataError: A sequence is in both.
+    """
+    known = {row.numpy().tobytes() for row in tokens.calibration}
+    both = sum(row.numpy().tobytes() in known for row in tokens.evaluation)
+    if both:
+        raise DataError(
+            f"evaluation.data={config.evaluation.data}",
+            value=f"{both} of {len(tokens.evaluation)} sequences are calibrated on",
+            rule="the evaluation needs text of its own",
+            remedy="name other text, or leave evaluation.data out: it is then what follows the "
+            "calibration text in data",
+        )
 
 
 def _load(

@@ -60,6 +60,7 @@ class LayerFiller:
         self._device, self._backend, self._threads = device, backend, threads
         self._pool = ThreadPoolExecutor(threads)
         self._squares: dict[str, torch.Tensor] = {}
+        self._copies: dict[str, torch.Tensor] = {}
         self._flushes = False
 
     def __enter__(self) -> LayerFiller:
@@ -106,8 +107,11 @@ class LayerFiller:
             tensor = dequantize(stored, mode, self._device, self._backend)
             if stored.algorithm is None:
                 # Another tool may have widened what it copied; the slot computes in the source's.
-                return tensor.to(TORCH_DTYPES[self._stored[spec.name].dtype])
-            if compares:
+                tensor = tensor.to(TORCH_DTYPES[self._stored[spec.name].dtype])
+                if compares:
+                    held = slot.target_of(spec)
+                    self._copies[spec.name] = (tensor.to(held.dtype) != held).any()
+            elif compares:
                 self._squares[spec.module] = _squares(tensor, slot.target_of(spec))
             return tensor
 
@@ -115,12 +119,19 @@ class LayerFiller:
         slot.fill(layer, read)
         self._flushes = flushes
 
-    def squares(self) -> dict[str, tuple[float, float]]:
-        """Squared error and squared weight of this rank's part of every quantized module so far."""
+    def squares(self) -> dict[str, tuple[float, ...]]:
+        """Of this rank's part of every quantized module so far: `findings.Squares`."""
         if not self._squares:
             return {}
         values = torch.stack(list(self._squares.values())).tolist()
-        return {name: (pair[0], pair[1]) for name, pair in zip(self._squares, values, strict=True)}
+        return {name: tuple(sums) for name, sums in zip(self._squares, values, strict=True)}
+
+    def changed_copies(self) -> list[str]:
+        """Unquantized tensors of the layers so far whose values are not the source's."""
+        if not self._copies:
+            return []
+        differs = torch.stack(list(self._copies.values())).tolist()
+        return [name for name, changed in zip(self._copies, differs, strict=True) if changed]
 
     def _read_ahead[T](self, layer: int, fetch: Callable[[TensorSpec, Shard], T]) -> Iterator[T]:
         """This rank's tensors of a layer, in the order in which a slot asks for them."""
@@ -137,12 +148,14 @@ class LayerFiller:
 
 
 def _squares(quantized: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Squared error and squared weight of a matrix, fp64 [2]."""
-    total = torch.zeros(2, dtype=torch.float64, device=quantized.device)
+    """Squared error, squared weight and their product with each other of a matrix, fp64 [3]."""
+    total = torch.zeros(3, dtype=torch.float64, device=quantized.device)
     step = max(1, _PIECE // max(1, quantized.shape[1]))
     for first in range(0, len(quantized), step):
         rows = slice(first, first + step)
         before = source[rows].double()
-        total[0] += (quantized[rows].double() - before).square_().sum()
+        after = quantized[rows].double()
+        total[2] += (after * before).sum()
+        total[0] += after.sub_(before).square_().sum()
         total[1] += before.square_().sum()
     return total

@@ -1,6 +1,6 @@
 """What stands out in an evaluation: weights that are not their source's, layers that err too much.
 
-In: the relative error of every quantized weight, and the layers' errors alone. Out: sentences that
+In: how every weight differs from the source's, and the layers' errors alone. Out: sentences that
 name layer and tensor. The bounds of weights are facts about the formats (`checkpoint/audit_source`
 derives them): Gaussian weights err by 0.08 to 0.10 in NVFP4 and by 0.026 in FP8; wrong scales, rows
 or tensors by about 1. That a layer's output stands out is only a comparison with its like.
@@ -23,8 +23,12 @@ FEWEST_LAYERS = 3
 """With less to compare with, nothing stands out."""
 MOST_SHOWN = 10
 
-Squares = Mapping[str, tuple[float, float]]
-"""Squared error and squared weight by module."""
+GAIN_BOUNDS: Mapping[str, float] = {"NVFP4": 0.04, "W4A16_NVFP4": 0.04, "FP8": 0.01}
+"""How far `<quantized, source> / <source, source>` may be from 1. Rounding hardly moves it (by 0.009
+and 0.002 at most over the demo model's tensors), a wrong scale by as much as it is wrong."""
+
+Squares = Mapping[str, tuple[float, ...]]
+"""By module: squared error, squared weight, and the product of quantized and source weights."""
 
 
 def relative_errors(parts: Sequence[Squares]) -> dict[str, float]:
@@ -32,12 +36,47 @@ def relative_errors(parts: Sequence[Squares]) -> dict[str, float]:
 
     Every element of a tensor is held by as many ranks as any other, so replicas cancel out.
     """
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    return {module: _ratio(*sums[:2]) for module, sums in _add(parts).items()}
+
+
+def find_wrong_scales(parts: Sequence[Squares], checkpoint: QuantizedCheckpoint) -> list[str]:
+    """One sentence for each weight that is a multiple of the source's, the worst first."""
+    wrong = []
+    for module, (error, weight, product) in _add(parts).items():
+        algorithm = checkpoint.algorithms[module]
+        if not weight or _ratio(error, weight) > WEIGHT_BOUNDS[algorithm]:
+            continue  # nothing to scale, or wrong anyway
+        gain = product / weight
+        if abs(gain - 1) > GAIN_BOUNDS[algorithm]:
+            wrong.append((-abs(gain - 1), module, gain))
+    found = [
+        f"layer {module.split('.')[2]}: {module}.weight is {gain:.3f} times the source's: "
+        "a scale is wrong"
+        for _, module, gain in sorted(wrong)[:MOST_SHOWN]
+    ]
+    if len(wrong) > MOST_SHOWN:
+        found.append(f"{len(wrong)} such weights in all")
+    return found
+
+
+def find_changed_copies(names: Sequence[str]) -> list[str]:
+    """One sentence for each tensor that is not quantized, and not the source's."""
+    found = [
+        f"layer {name.split('.')[2]}: {name} is not quantized, and not the source's"
+        for name in names[:MOST_SHOWN]
+    ]
+    if len(names) > MOST_SHOWN:
+        found.append(f"{len(names)} such tensors in all")
+    return found
+
+
+def _add(parts: Sequence[Squares]) -> dict[str, list[float]]:
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for part in parts:
-        for module, (squared_error, squared_weight) in part.items():
-            sums[module][0] += squared_error
-            sums[module][1] += squared_weight
-    return {module: _ratio(*pair) for module, pair in sums.items()}
+        for module, values in part.items():
+            for index, value in enumerate(values):
+                sums[module][index] += value
+    return dict(sums)
 
 
 def find_wrong_weights(errors: Mapping[str, float], checkpoint: QuantizedCheckpoint) -> list[str]:
@@ -68,17 +107,21 @@ def find_outlying_layers(
         alike[layer.layer_type, checkpoint.layer_algorithms(layer.layer)].append(layer)
     found = []
     for group in alike.values():
-        if len(group) < FEWEST_LAYERS:
+        if len(group) < FEWEST_LAYERS and all(_is_finite(layer) for layer in group):
             continue
         medians = {
-            mode: statistics.median(layer.alone[mode] for layer in group) for mode in group[0].alone
+            mode: statistics.median(
+                [layer.alone[mode] for layer in group if math.isfinite(layer.alone[mode])] or [0.0]
+            )
+            for mode in group[0].alone
         }
         for layer in group:
-            # (Not: at most. An error that is no number stands out.)
+            # An error that is no number stands out.
             modes = [
                 mode
                 for mode, median in medians.items()
-                if median > 0 and not layer.alone[mode] <= STANDS_OUT * median
+                if not math.isfinite(layer.alone[mode])
+                or (len(group) >= FEWEST_LAYERS and layer.alone[mode] > STANDS_OUT * median > 0)
             ]
             if modes:
                 found.append((layer.layer, _describe(layer, modes, medians, checkpoint, errors)))
@@ -97,7 +140,7 @@ def _describe(
         ((error, module) for module, error in errors.items() if module.startswith(prefix)),
         default=(0.0, ""),
     )
-    cause = "its weights are close to the source's: look at its input scales"
+    cause = "look at its input scales"
     if worst[1] and not worst[0] <= WEIGHT_BOUNDS[checkpoint.algorithms[worst[1]]]:
         cause = f"{worst[1]}.weight is {worst[0]:.4g} away from the source's"
     told = ", ".join(
@@ -107,6 +150,10 @@ def _describe(
         f"layer {layer.layer} ({layer.layer_type}): its error alone is more than "
         f"{STANDS_OUT:g} times that of its like: {told}; {cause}"
     )
+
+
+def _is_finite(layer: LayerErrors) -> bool:
+    return all(math.isfinite(error) for error in layer.alone.values())
 
 
 def _ratio(squared_error: float, squared_weight: float) -> float:

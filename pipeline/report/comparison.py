@@ -24,6 +24,7 @@ from pipeline.config import REPORT_DIRECTORY
 from pipeline.errors import ConfigError
 from pipeline.evaluation.records import Fidelity
 from pipeline.report.drawing import MARKERS, SERIES, STYLE, to_svg
+from pipeline.report.fidelity import describe_sample
 from pipeline.report.records import RunReport
 from pipeline.report.run_json import finite, read_run_json
 from pipeline.report.summary import format_bytes, format_seconds
@@ -48,6 +49,8 @@ class Row:
         modes: What was measured in each serving mode.
         seconds: Spent on this recipe.
         output: Its directory, or `discard`.
+        measured_on: The evaluation text, in words.
+        rejected: Gates that it missed.
     """
 
     recipe: str
@@ -60,6 +63,8 @@ class Row:
     modes: list[Fidelity]
     seconds: float
     output: str
+    measured_on: str
+    rejected: list[str]
 
 
 def row_of(report: RunReport) -> Row:
@@ -76,7 +81,37 @@ def row_of(report: RunReport) -> Row:
         modes=[] if evaluation is None else evaluation.modes,
         seconds=report.phases.get("this recipe", sum(report.phases.values())),
         output=report.output,
+        measured_on="" if evaluation is None else describe_sample(evaluation),
+        rejected=[] if evaluation is None else evaluation.rejected,
     )
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """What keeps rows of different runs from being compared, and which were rejected."""
+    notes = []
+    bf16 = {row.perplexity_bf16 for row in rows if row.modes}
+    texts = {row.measured_on for row in rows if row.modes}
+    if len(bf16) > 1 or len(texts) > 1:
+        notes.append(
+            "NOT COMPARABLE: measured on different text, models or devices: "
+            + "; ".join(
+                f"{name}: {row.measured_on}" for name, row in zip(names(rows), rows, strict=True)
+            )
+        )
+    notes += [
+        f"{name} was rejected: {'; '.join(row.rejected)}"
+        for name, row in zip(names(rows), rows, strict=True)
+        if row.rejected
+    ]
+    return notes
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """What rows are called: by recipe, or by directory where recipes repeat."""
+    recipes = [row.recipe for row in rows]
+    if len(set(recipes)) == len(recipes):
+        return recipes
+    return [f"{row.recipe} ({Path(row.output).name})" for row in rows]
 
 
 WEIGHTS = ("recipe", "bits", "size", "error / max", "worst", "time")
@@ -88,26 +123,26 @@ def weight_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """One line for each recipe, as text, under `WEIGHTS`."""
     return [
         (
-            row.recipe,
+            name,
             f"{row.effective_bits:.2f}",
             format_bytes(row.quantized_bytes),
             _ratio(row.median_against_max),
             _ratio(row.worst_against_max),
             format_seconds(row.seconds),
         )
-        for row in rows
+        for name, row in zip(names(rows), rows, strict=True)
     ]
 
 
 def served_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """One line for each recipe and serving mode, as text, under `SERVED`."""
     lines: list[tuple[str, ...]] = []
-    for row in rows:
+    for name, row in zip(names(rows), rows, strict=True):
         for number, mode in enumerate(row.modes):
             assert row.perplexity_bf16 is not None
             lines.append(
                 (
-                    row.recipe if number == 0 else "",
+                    name if number == 0 else "",
                     mode.mode.upper(),
                     f"{mode.perplexity:.5g}",
                     _ratio(mode.perplexity / row.perplexity_bf16, digits=2),
@@ -117,7 +152,7 @@ def served_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 )
             )
         if not row.modes:
-            lines.append((row.recipe, "not evaluated", *("-",) * (len(SERVED) - 2)))
+            lines.append((name, "not evaluated", *("-",) * (len(SERVED) - 2)))
     return lines
 
 
@@ -144,12 +179,16 @@ def read_rows(runs: Sequence[str]) -> list[Row]:
 
 
 def print_rows(
-    rows: Sequence[Row], console: Console | None = None, files: Path | None = None
+    rows: Sequence[Row],
+    notes: Sequence[str] = (),
+    console: Console | None = None,
+    files: Path | None = None,
 ) -> None:
     """The table on a terminal; wider than 80 columns where names are long.
 
     Args:
         rows: To be shown.
+        notes: To be shown below.
         console: Where to; None: stdout.
         files: Directory of comparison.json and comparison.html, to be named.
     """
@@ -163,6 +202,8 @@ def print_rows(
             table.add_row(*line)
         console.print(table)
     console.print(_explanation(rows))
+    for note in notes:
+        console.print(note)
     if files is not None:
         console.print(f"table     {files / 'comparison.json'}")
         console.print(f"page      {files / 'comparison.html'}")

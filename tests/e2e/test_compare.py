@@ -40,7 +40,7 @@ def compare(
         data=str(GOLDEN / "calibration_ids.npy"),
         recipes=recipes,
         calibration=CalibrationConfig(**GOLDEN_SIZE),
-        evaluation=EvaluationConfig(num_sequences=3, data=text),
+        evaluation=EvaluationConfig(num_sequences=3, data=text, group_sequences=0),
         parallel=ParallelConfig(**degrees),
         device=Device.cpu,
         timeout_minutes=1,
@@ -97,11 +97,14 @@ def test_two_ranks_say_the_same(
     degrees: dict[str, int], compared: list[dict[str, Any]], text: str, tmp_path: Path
 ) -> None:
     two = compare(tmp_path / "report", text, RECIPES, world=2, **degrees)
+    # Under TP last bits differ, and now and then an input's code in this random model.
+    tolerance = 1e-2 if "tp" in degrees else 1e-5
     for row, expected in zip(two, compared, strict=True):
         assert row["median_against_max"] == pytest.approx(expected["median_against_max"])
         for mode, other in zip(row["modes"], expected["modes"], strict=True):
-            for name in ("perplexity", "kl_mean", "kl_p99", "top1"):
-                assert mode[name] == pytest.approx(other[name], rel=1e-3), (mode["mode"], name)
+            assert mode["top1"] == pytest.approx(other["top1"], abs=2 * tolerance)
+            for name in ("perplexity", "kl_mean"):
+                assert mode[name] == pytest.approx(other[name], rel=tolerance), (mode["mode"], name)
 
 
 def test_errors_against_max_are_those_of_the_study(compared: list[dict[str, Any]]) -> None:
@@ -174,6 +177,11 @@ def test_runs_of_a_multirun_give_one_table(tmp_path: Path) -> None:
         (
             ["recipes=[fp8]", "checkpoint=demo", "evaluation.num_sequences=0"],
             "compared by what they cost",
+        ),
+        (["recipes=[fp8]", "checkpoint=demo", "evaluation.max_kl=1"], "a comparison has no gates"),
+        (
+            ["recipes=[fp8]", "checkpoint=demo", "evaluation.group_sequences=1"],
+            "only launch.calibrate tells which group hurts",
         ),
         (["recipes=[no_such]", "checkpoint=demo", "data=demo"], "no_such"),
         (["runs=[nowhere]"], "holds no run.json"),

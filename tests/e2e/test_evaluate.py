@@ -28,7 +28,7 @@ from pipeline.preparation import Place
 from pipeline.runtime.collectives import Ranks
 from tests.distributed.helpers import RankError, run_ranks
 from tests.e2e.harness import GOLDEN, run_job
-from tests.e2e.models import edit_config, write_checkpoint
+from tests.e2e.models import edit_config, write_checkpoint, write_token_ids
 
 ROOT = Path(__file__).parents[2]
 MIXED, FLAT = "four_over_six", "nvfp4_default-kv_fp8"
@@ -182,10 +182,10 @@ def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def test_figures_are_those_that_the_run_itself_measured(tmp_path: Path) -> None:
-    asked = {"num_sequences": 8, "data": str(GOLDEN / "calibration_ids.npy")}
-    made = run_job(tmp_path / "out", evaluation=asked)
+    data = str(write_token_ids(tmp_path / "ids.npy", 8, 96, vocab_size=256))
+    made = run_job(tmp_path / "out", evaluation={"num_sequences": 8, "data": data})
     in_sweep = json.loads((made / "layersweep" / "run.json").read_text())["evaluation"]
-    _, values = run(made)
+    _, values = run(made, data=data)
     from_files = values["report"]
     for name in ("perplexity", "modes", "layers"):
         assert from_files[name] == in_sweep[name], name
@@ -249,7 +249,7 @@ def test_other_refusals_come_before_any_layer(mixed: Path, tmp_path: Path) -> No
 
 
 def test_missed_gates_are_named(mixed: Path) -> None:
-    gates = EvaluationConfig(max_kl=1e-4, min_top1=0.1)
+    gates = EvaluationConfig(max_kl=1e-4, min_top1=0.1, group_sequences=0)
     status, values = run(mixed, evaluation=gates)
     assert status == 1
     w4a4, w4a16 = values["report"]["rejected"]
@@ -274,6 +274,54 @@ def test_doubled_block_scales_of_one_expert_are_found(mixed: Path) -> None:
     (found,) = values["report"]["rejected"]
     assert found.startswith(f"layer 4: {expert}.weight is ")
     assert values["weight_errors"][expert] > 0.5
+
+
+def test_a_scale_that_is_off_by_a_tenth_is_found(mixed: Path) -> None:
+    expert, dense = "backbone.layers.1.mixer.experts.2.down_proj", "backbone.layers.0.mixer.in_proj"
+
+    def enlarge(tensors: Tensors) -> None:
+        tensors[f"{expert}.weight_scale_2"] *= 1.1
+        tensors[f"{dense}.weight_scale"] *= 0.97
+
+    spoil(mixed, enlarge)
+    assert audit(mixed).ok, "its structure is sound"
+    status, values = run(mixed)
+    assert status == 1
+    first, second = sorted(values["report"]["rejected"])
+    assert first.startswith(f"layer 0: {dense}.weight is 0.9")
+    assert second.startswith(f"layer 1: {expert}.weight is 1.")
+    assert second.endswith("times the source's: a scale is wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("backbone.layers.0.mixer.conv1d.weight", lambda x: x.neg()),
+        ("backbone.layers.0.mixer.A_log", lambda x: x * 1.25),
+        ("backbone.layers.1.mixer.gate.weight", lambda x: x.flip(0)),
+        ("backbone.layers.1.mixer.gate.e_score_correction_bias", lambda x: x + 1),
+        ("backbone.layers.1.norm.weight", lambda x: x * 1.5),
+    ],
+    ids=lambda value: value.rpartition("mixer.")[2] if isinstance(value, str) else "",
+)
+def test_a_changed_tensor_that_is_not_quantized_is_found(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], mixed: Path
+) -> None:
+    spoil(mixed, lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}))
+    status, values = run(mixed)
+    assert status == 1
+    assert values["report"]["rejected"] == [
+        f"layer {name.split('.')[2]}: {name} is not quantized, and not the source's"
+    ]
+
+
+def test_a_layer_that_gives_no_numbers_is_named(mixed: Path) -> None:
+    name = "backbone.layers.1.norm.weight"
+    spoil(mixed, lambda tensors: tensors[name].fill_(float("nan")))
+    status, values = run(mixed)
+    assert status == 1
+    assert any(text.startswith(f"layer 1: {name}") for text in values["report"]["rejected"])
+    assert any(text.startswith("layer 1 (moe): its error alone") for text in values["warnings"])
 
 
 def test_swapped_experts_are_found(mixed: Path) -> None:
@@ -307,7 +355,7 @@ def test_an_input_scale_that_is_far_too_small_is_found(mixed: Path, root: Path) 
     spoil(mixed, shrink)
     checked = audit(mixed, source=open_source(GOLDEN / "source"))
     assert not [p for p in checked.problems if "in_proj" in p], "nothing else can see it"
-    status, values = run(mixed, evaluation=EvaluationConfig(max_kl=0.05))
+    status, values = run(mixed, evaluation=EvaluationConfig(max_kl=0.05, group_sequences=0))
     assert status == 1
     assert [text.split(":")[0] for text in values["report"]["rejected"]] == ["W4A4", "W4A16"]
     (layer,) = [text for text in values["warnings"] if text.startswith("layer ")]

@@ -14,6 +14,7 @@ from launch.entry import CONF_DIR
 from pipeline.calibrate import Place, calibrate
 from pipeline.checkpoint.hub import DEMO_DIRECTORY
 from pipeline.errors import (
+    ConfigError,
     DataError,
     LayoutError,
     NumericsError,
@@ -233,3 +234,34 @@ def test_unfinished_run_of_another_job(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cast"):
         calibrate(other, CONF_DIR, Place(), "")
     assert digest_directory(tmp_path / "out.partial") == kept
+
+
+# --- evaluation
+
+
+def test_evaluation_on_calibration_text(source: Path, tmp_path: Path) -> None:
+    ids = write_token_ids(tmp_path / "ids.npy", SIZE["num_sequences"], SIZE["seq_len"])
+    refuse(
+        DataError,
+        source,
+        recipe=EVERYTHING,
+        data=str(ids),
+        evaluation={"num_sequences": 2, "data": str(ids)},
+        what="evaluation.data=",
+        value="2 of 2 sequences are calibrated on",
+        rule="text of its own",
+        remedy="leave evaluation.data out",
+    )
+
+
+def test_gates_without_a_forward_pass(source: Path) -> None:
+    refuse(
+        ConfigError,
+        source,
+        recipe=WEIGHT_ONLY,
+        evaluation={"num_sequences": 2, "max_kl": 0.1},
+        what="evaluation",
+        value="gates",
+        rule="needs no forward pass, so nothing is measured",
+        remedy="launch.evaluate",
+    )
