@@ -24,8 +24,8 @@ FEWEST_LAYERS = 3
 MOST_SHOWN = 10
 
 GAIN_BOUNDS: Mapping[str, float] = {"NVFP4": 0.04, "W4A16_NVFP4": 0.04, "FP8": 0.01}
-"""How far `<quantized, source> / <source, source>` may be from 1. Rounding hardly moves it (by 0.009
-and 0.002 at most over the demo model's tensors), a wrong scale by as much as it is wrong."""
+"""How far `<quantized, source> / <source, source>` may be from 1. Rounding hardly moves it (at most
+by 0.009 and 0.002 over the demo model's tensors), a wrong scale by as much as it is wrong."""
 
 Squares = Mapping[str, tuple[float, ...]]
 """By module: squared error, squared weight, and the product of quantized and source weights."""
