@@ -24,8 +24,8 @@ demo: $(READY) ## Calibrate the shipped tiny model on two CPU ranks and show the
 plan: $(READY) ## Plan Nemotron 3 Ultra under the published recipe: no weights, no GPU
 	@$(PY) -m launch.plan model=nemotron3_ultra recipe=nvfp4_four_over_six
 
-test: $(READY) ## Run all tests, slow ones and real gloo ranks included
-	@$(PY) -m pytest -q -m ""
+test: $(READY) ## Run all tests, slow ones and real gloo ranks included, on two workers
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "" -n 2 --dist loadfile
 
 check: $(READY) ## Formatting, lint and types
 	@$(PY) -m ruff format --check --quiet . || { echo "ruff format: run 'make format'" >&2; exit 1; }

@@ -31,14 +31,13 @@ from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import ReducedStatistics, refuse_nonfinite
 from pipeline.checkpoint.journal import LayerRecord, PartRecord
 from pipeline.config_compare import CompareConfig
-from pipeline.evaluation.fidelity import Head
 from pipeline.evaluation.in_sweep import InSweep
 from pipeline.evaluation.originals import Originals
 from pipeline.evaluation.streams import Streams
 from pipeline.filling import SlotFiller
 from pipeline.packing import LayerPacker
 from pipeline.preparation import Place, Prepared, packing_backend, prepare_several
-from pipeline.reading import Reading, make_feed, requests_of
+from pipeline.reading import Reading, make_feed, read_head, requests_of
 from pipeline.report.records import RunReport
 from pipeline.run_report import build_report
 from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
@@ -240,7 +239,8 @@ def _report(
     ranks: Ranks,
     phases: Mapping[str, float],
 ) -> list[RunReport] | None:
-    head = _head(contenders[0].prepared).to(ranks.device)
+    first = contenders[0].prepared
+    head = read_head(first.job, first.source).to(ranks.device)
     reports = []
     for contender in contenders:
         begun = time.monotonic()
@@ -263,13 +263,3 @@ def _report(
         report.phases = {**phases, "this recipe": contender.seconds}
         reports.append(report)
     return None if ranks.rank else reports
-
-
-def _head(prepared: Prepared) -> Head:
-    architecture, stored = prepared.job.architecture, prepared.job.stored
-    name = "lm_head.weight"
-    if architecture.tie_word_embeddings:
-        name = "backbone.embeddings.weight"
-    norm = prepared.source.read(stored["backbone.norm_f.weight"].name)
-    weight = prepared.source.read(stored[name].name)
-    return Head(norm, weight, architecture.layer_norm_epsilon)

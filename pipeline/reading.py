@@ -14,6 +14,7 @@ from pipeline.architecture import layer_tensors
 from pipeline.checkpoint.read_ahead import ReadAhead
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.synthetic import SyntheticSource
+from pipeline.evaluation.fidelity import Head
 from pipeline.filling import Feed, FileFeed, Request, SyntheticFeed
 from pipeline.job import Job
 from pipeline.schedule import LayerSchedule, packs_expert
@@ -74,3 +75,12 @@ def make_feed(
         pinned=device.type == "cuda",
     )
     return FileFeed(ahead, cast=reading.cast, device=device)
+
+
+def read_head(job: Job, source: Source) -> Head:
+    """Final norm and head, whole, as the source has them; the embedding where they are tied."""
+    name = "lm_head.weight"
+    if job.architecture.tie_word_embeddings:
+        name = "backbone.embeddings.weight"
+    norm, weight = (source.read(job.stored[n].name) for n in ("backbone.norm_f.weight", name))
+    return Head(norm, weight, job.architecture.layer_norm_epsilon)

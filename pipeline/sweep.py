@@ -25,13 +25,12 @@ from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.staging import StagingRing
 from pipeline.checkpoint.writer import FileRecord, ShardWriter, Writable
 from pipeline.commits import SCALARS, Commits, ScalarSettings
-from pipeline.evaluation.fidelity import Head
 from pipeline.evaluation.in_sweep import InSweep
 from pipeline.filling import SlotFiller
 from pipeline.job import Job
 from pipeline.outbox import Outbox
 from pipeline.packing import LayerPacker
-from pipeline.reading import Reading, make_feed, requests_of
+from pipeline.reading import Reading, make_feed, read_head, requests_of
 from pipeline.report.run_json import finite
 from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
 from pipeline.runtime.lanes import Lane
@@ -170,7 +169,7 @@ class Sweep:
         committed = self._committed()
         if LOSS in committed and (self.evaluation is None or EVALUATION in committed):
             return
-        head = self._head()
+        head = read_head(self.job, self.source).to(self.ranks.device)
         if LOSS not in committed:
             loss = next_token_loss(
                 self.store,
@@ -196,16 +195,6 @@ class Sweep:
             return True
         told = next(part.statistics for part in evaluation.parts if part.part == SCALARS)
         return bool(told["key"] == self.evaluation.key)
-
-    def _head(self) -> Head:
-        """Final norm and head, on the device."""
-        architecture, stored = self.job.architecture, self.job.stored
-        name = "lm_head.weight"
-        if architecture.tie_word_embeddings:
-            name = "backbone.embeddings.weight"
-        norm = self.source.read(stored["backbone.norm_f.weight"].name)
-        weight = self.source.read(stored[name].name)
-        return Head(norm, weight, architecture.layer_norm_epsilon).to(self.ranks.device)
 
     def _recorded_scalars(self, committed: set[int | str]) -> dict[int, dict[str, float]]:
         """The activation scalars of the layers that an earlier run committed, on every rank."""
