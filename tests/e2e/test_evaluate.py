@@ -3,8 +3,6 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import launch.evaluate  # noqa: F401  (imported before forking: once, not per command)
 from launch.entry import CONF_DIR
 from pipeline.checkpoint.audit import audit
 from pipeline.checkpoint.source import open_source
@@ -29,6 +28,7 @@ from pipeline.runtime.collectives import Ranks
 from tests.distributed.helpers import RankError, run_ranks
 from tests.e2e.harness import GOLDEN, run_job
 from tests.e2e.models import edit_config, write_checkpoint, write_token_ids
+from tests.e2e.test_commands import command
 
 ROOT = Path(__file__).parents[2]
 MIXED, FLAT = "four_over_six", "nvfp4_default-kv_fp8"
@@ -377,33 +377,23 @@ def test_unequal_scales_of_q_k_and_v_are_found(tmp_path: Path) -> None:
 # ---- the command
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.evaluate", *arguments],
-        cwd=cwd,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 @pytest.mark.slow
 def test_the_command_prints_a_table_or_json(mixed: Path, tmp_path: Path) -> None:
     words = (mixed.name, f"source={GOLDEN / 'source'}", "seq_len=96", "device=cpu")
     data = f"data={GOLDEN / 'calibration_ids.npy'}"
-    done = command(*words, data, cwd=tmp_path)
+    done = command("evaluate", *words, data, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "evaluation passed" in done.stdout
     assert "mean KL, nats per token" in done.stdout
     assert "layer 6 (moe), 7/7" in done.stderr
-    done = command(*words, data, "output=json", "evaluation.min_top1=0.999", cwd=tmp_path)
+    done = command(
+        "evaluate", *words, data, "output=json", "evaluation.min_top1=0.999", cwd=tmp_path
+    )
     assert done.returncode == 1, done.stderr
     values = json.loads(done.stdout)
     assert values["ok"] is False
     assert "min_top1=0.999" in values["report"]["rejected"][0]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-    done = command(*words, cwd=tmp_path)
+    done = command("evaluate", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "data: found nothing" in done.stderr
