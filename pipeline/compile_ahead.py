@@ -94,8 +94,15 @@ class CompileAhead:
             raise
         return ahead
 
-    def pack(self, job: Job, *, compare_to_max: bool, backend: str) -> None:
-        """Asks for the kernels that pack in the job's formats, and for nothing after them."""
+    def pack(self, job: Job, *, compare_to_max: bool, backend: str, evaluates: bool) -> None:
+        """Asks for the kernels that pack in the job's formats, and for nothing after them.
+
+        Args:
+            job: Names the formats.
+            compare_to_max: Whether method max is measured too.
+            backend: Name of what packs.
+            evaluates: Whether layers are computed as served too.
+        """
         if self._process is None:
             return
         formats = list(_formats_of(job))
@@ -108,6 +115,7 @@ class CompileAhead:
                 "fp8": bool(fp8),
                 "multipliers": sorted({f.fp8_multipliers for f in fp8 if f.fp8_multipliers}),
                 "backend": backend,
+                "evaluates": evaluates,
             }
         )
 

@@ -149,7 +149,12 @@ def decide(
     job = build_job(opened.architecture, dims, recipe, opened.stored)
     if job.resolution.needs_forward:
         backend = packing_backend(config, device)
-        ahead.pack(job, compare_to_max=config.compare_to_max, backend=backend)
+        ahead.pack(
+            job,
+            compare_to_max=config.compare_to_max,
+            backend=backend,
+            evaluates=bool(config.evaluation.num_sequences),
+        )
     else:
         ahead.stop()  # most of what it compiles would not be used
     refusals = find_refusals(job, config.calibration.seq_len)

@@ -25,6 +25,7 @@ from pipeline.checkpoint.random_values import Window, fill_normal
 from pipeline.mcore import backend
 from pipeline.mcore.kernels.combine import combine
 from pipeline.mcore.slots import Slot, build_slots
+from pipeline.nvfp4.activations import nvfp4_input
 from pipeline.nvfp4.backends import Backend, get_backend
 from pipeline.nvfp4.formats import WeightMethod
 from pipeline.sharding import ParallelDims, Shard
@@ -67,6 +68,7 @@ class Formats(NamedTuple):
         fp8: Whether weights are stored as FP8.
         multipliers: Sets of candidates for the amax of FP8 weights.
         backend: Name of what packs.
+        evaluates: Whether layers are computed as served too.
     """
 
     methods: Sequence[str]
@@ -74,6 +76,7 @@ class Formats(NamedTuple):
     fp8: bool
     multipliers: Sequence[Sequence[float]]
     backend: str
+    evaluates: bool
 
 
 def main(requests: TextIO) -> None:
@@ -82,7 +85,7 @@ def main(requests: TextIO) -> None:
     device = torch.device(request.device)
     compile_layers(request, device)
     for line in requests:
-        compile_packing(Formats(**json.loads(line)), device)
+        compile_packing(Formats(**json.loads(line)), device, request.compute_dtype)
 
 
 def compile_layers(request: Request, device: torch.device) -> None:
@@ -125,9 +128,10 @@ def compile_layers(request: Request, device: torch.device) -> None:
     _synchronize(device)
 
 
-def compile_packing(formats: Formats, device: torch.device) -> None:
-    """Packs a small weight in every format."""
+def compile_packing(formats: Formats, device: torch.device, compute_dtype: str) -> None:
+    """Packs a small weight in every format, and reads it as a server would."""
     packs = get_backend(formats.backend)
+    dtype: torch.dtype = getattr(torch, compute_dtype)
     weight = torch.ones(_EXPERTS, _ROWS, _COLUMNS, dtype=torch.bfloat16, device=device)
     amax = packs.tensor_amax(weight)
     with _threads(device) as threads:
@@ -141,6 +145,13 @@ def compile_packing(formats: Formats, device: torch.device) -> None:
         ]
         if formats.fp8:
             runs.append(threads.submit(packs.pack_fp8, weight, amax))
+        if formats.evaluates:
+            runs += [
+                threads.submit(_serve, packs, weight, amax, WeightMethod(method))
+                for method in formats.methods
+            ]
+            inputs = weight.to(dtype)
+            runs.append(threads.submit(nvfp4_input, inputs, amax[0], formats.backend))
         for done in runs:
             done.result()
     _synchronize(device)
@@ -167,6 +178,11 @@ def _pack(
 ) -> None:
     plain = method in (WeightMethod.max, WeightMethod.max_dynamic)
     packs.pack_nvfp4(weight, amax, method, compare_to_max=compare and not plain)
+
+
+def _serve(packs: Backend, weight: torch.Tensor, amax: torch.Tensor, method: WeightMethod) -> None:
+    packed = packs.quantize_nvfp4(weight, amax, method)
+    packs.dequantize_nvfp4(packed, weight.dtype)
 
 
 def _combine(width: int, top_k: int, device: torch.device) -> None:

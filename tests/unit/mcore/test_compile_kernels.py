@@ -24,6 +24,7 @@ from pipeline.mcore import backend, compile_kernels
 from pipeline.mcore.compile_kernels import Formats, Request
 from pipeline.mcore.slots import Slot
 from pipeline.nvfp4.backends import get_backend
+from pipeline.nvfp4.formats import WeightMethod
 from pipeline.preparation import Place
 from tests.unit.mcore.models import BASE
 
@@ -38,7 +39,7 @@ REQUEST = Request(
     seq_len=32,
     fills=True,
 )
-FORMATS = Formats(["four_over_six", "max"], True, True, [[1.0, 1.5]], "reference")
+FORMATS = Formats(["four_over_six", "max"], True, True, [[1.0, 1.5]], "reference", True)
 
 
 @pytest.fixture(autouse=True)
@@ -62,24 +63,32 @@ def test_every_layer_runs_with_and_without_a_tap(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_every_format_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_every_format_is_packed_and_read(evaluates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     packs, done = type(get_backend("reference")), []
-    for name in ("pack_nvfp4", "pack_fp8", "fp8_squared_errors"):
-        function = getattr(packs, name)
 
-        def record(*given: Any, name: str = name, function: Any = function, **options: Any) -> Any:
-            done.append((name, str(given[3]) if name == "pack_nvfp4" else "", dict(options)))
+    def record(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*given: Any, **options: Any) -> Any:
+            method = [str(value) for value in given if isinstance(value, WeightMethod)]
+            done.append((name, *method, *options.values()))
             return function(*given, **options)
 
-        monkeypatch.setattr(packs, name, record)
-    lines = [json.dumps(REQUEST._asdict()), json.dumps(FORMATS._asdict())]
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("pack_nvfp4", "pack_fp8", "fp8_squared_errors", "dequantize_nvfp4"):
+        record(packs, name)
+    record(compile_kernels, "nvfp4_input")
+    formats = FORMATS._replace(evaluates=evaluates)
+    lines = [json.dumps(REQUEST._asdict()), json.dumps(formats._asdict())]
     compile_kernels.main(io.StringIO("\n".join(lines)))
-    assert sorted(done, key=str) == [
-        ("fp8_squared_errors", "", {}),
-        ("pack_fp8", "", {}),
-        ("pack_nvfp4", "four_over_six", {"compare_to_max": True}),
-        ("pack_nvfp4", "max", {"compare_to_max": False}),
+    served = [("dequantize_nvfp4",), ("dequantize_nvfp4",), ("nvfp4_input",)]
+    packed = [
+        *(("fp8_squared_errors",), ("pack_fp8",)),
+        *(("pack_nvfp4", "four_over_six", True), ("pack_nvfp4", "max", False)),
     ]
+    assert sorted(done) == sorted([*packed, *(served if evaluates else [])])
 
 
 def start(
