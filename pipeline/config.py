@@ -18,7 +18,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pipeline.calibration.data import DataSource
 from pipeline.calibration.token_file import is_token_file
-from pipeline.config_parts import CalibrationConfig, EvaluationConfig, ParallelConfig
+from pipeline.config_parts import (
+    CalibrationConfig,
+    EvaluationConfig,
+    ParallelConfig,
+    SnapshotConfig,
+)
 from pipeline.errors import ConfigError
 
 __all__ = [
@@ -122,6 +127,10 @@ class CalibrateConfig:
     compare_to_max: bool = True
     max_shard_gb: float = 1.0
     timeout_minutes: int = 60
+    failure_seconds: float = 60.0
+    stall_minutes: float = 15.0
+    stop_seconds: float = 25.0
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     progress_seconds: float = 5.0
     verbose: bool = False
 
@@ -137,6 +146,7 @@ class CalibrateConfig:
             )
         for name in (
             *("max_shard_gb", "timeout_minutes"),
+            *("failure_seconds", "stall_minutes", "stop_seconds"),
             *("read_threads", "read_ahead_gb", "write_threads"),
         ):
             value = getattr(self, name)

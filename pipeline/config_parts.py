@@ -1,4 +1,4 @@
-"""Groups of options that several jobs share: the layout, the calibration, the evaluation."""
+"""Groups of options: the layout, the calibration, the evaluation, the snapshots."""
 
 from __future__ import annotations
 
@@ -108,3 +108,24 @@ class EvaluationConfig:
         """Whether the checkpoint must reach anything."""
         gates = (self.max_kl, self.min_top1, self.max_perplexity_ratio)
         return any(gate is not None for gate in gates)
+
+
+@dataclass(kw_only=True)
+class SnapshotConfig:
+    """When the hidden states between two layers are kept for a restart."""
+
+    layers: int | None = None
+    minutes: float | None = 10.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks each number on its own."""
+        for name in ("layers", "minutes", "keep"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    f"snapshots.{name}",
+                    value=value,
+                    rule="must be positive and finite",
+                    remedy="change it" if name == "keep" else "null takes none by this measure",
+                )
