@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.architecture import LayerType, expected_tensors
+from pipeline.checkpoint.quantization_config import NVFP4_ALGORITHMS
 from pipeline.config import PlanOutput
 from pipeline.config_evaluate import EvaluateConfig
 from pipeline.errors import NumericsError
@@ -174,9 +175,12 @@ def _visit_layers(
             filler.fill_from_source(slot, layer)
             streams.bf16(slot)
             scales = opened.checkpoint.layer_scales(layer)
+            algorithms = {algorithm for _, algorithm in opened.checkpoint.layer_algorithms(layer)}
+            # Without any it is not BF16's for sure: its copies may not be the source's.
+            is_same = not algorithms & NVFP4_ALGORITHMS
             for mode in streams.modes:
                 filler.fill_quantized(slot, layer, mode)
-                streams.quantized(layer, mode, slot, scales)
+                streams.quantized(layer, mode, slot, scales, is_same=is_same)
             streams.end_layer()
             progress.layer_done(layer, layer_type, phase="evaluate")
         return filler.squares(), filler.changed_copies()

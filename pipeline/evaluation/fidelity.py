@@ -47,8 +47,22 @@ class Head:
         logits = torch.empty(len(x), len(self.weight), dtype=torch.float32, device=x.device)
         for start in range(0, len(self.weight), _VOCAB_ROWS):
             rows = self.weight[start : start + _VOCAB_ROWS]
-            logits[:, start : start + len(rows)] = x @ rows.float().T
+            logits[:, start : start + len(rows)] = _logits(x, rows)
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+def _logits(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """fp32 [positions, rows] of normed fp32 [positions, hidden] and rows of the head.
+
+    On a GPU, BF16 rows are multiplied by two BF16 parts of each input, whose sum is off by at most
+    2**-17 of it: tensor cores multiply these exactly and add them up in fp32.
+    """
+    if not (x.is_cuda and rows.dtype is torch.bfloat16):
+        return x @ rows.float().T
+    high = x.bfloat16()
+    low = (x - high.float()).bfloat16()
+    logits = torch.mm(high, rows.T, out_dtype=torch.float32)
+    return logits.add_(torch.mm(low, rows.T, out_dtype=torch.float32))
 
 
 @dataclass

@@ -9,13 +9,13 @@ the layers above together with the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.architecture import Architecture, TensorSpec, layer_tensors
-from pipeline.calibration.hidden import HiddenStore
+from pipeline.calibration.hidden import HiddenStore, same_shape
 from pipeline.evaluation.fidelity import Divergence, Head, compare, next_tokens
 from pipeline.evaluation.inputs import InputQuantizer
 from pipeline.evaluation.records import GroupHarm, ServingMode
@@ -176,6 +176,28 @@ class GroupStreams:
                 with served.only(group.taps):
                     self._streams.append(slot.forward(before.clone(), quantizer=quantizer))
             self.groups.append(group)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that the next layer changes, where it lies; the streams as they began."""
+        streams = {f"{number:05d}": stream for number, stream in enumerate(self._streams)}
+        return {"bf16": self._batch.hidden, **streams}
+
+    @torch.inference_mode()
+    def restore(self, state: Mapping[str, torch.Tensor], groups: Sequence[Group]) -> None:
+        """Takes over `state()` of streams of the same text.
+
+        Args:
+            state: What it was.
+            groups: Of the layers that it had passed, in their order.
+        """
+        hidden = self._batch.hidden
+        assert len(state) == len(groups) + 1
+        hidden.copy_(same_shape(state["bf16"], hidden))
+        found = [state[f"{number:05d}"] for number in range(len(groups))]
+        self._streams = [
+            same_shape(stream, hidden).to(hidden.device, copy=True) for stream in found
+        ]
+        self.groups = list(groups)
 
     @torch.inference_mode()
     def kl(self, head: Head, ranks: Ranks) -> list[float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from pipeline.evaluation.records import EvaluationReport, LayerErrors, ServingMo
 from pipeline.evaluation.scales import layer_scales
 from pipeline.evaluation.streams import Streams
 from pipeline.evaluation.weights import ServedWeights
+from pipeline.nvfp4.formats import Format
 from pipeline.runtime.collectives import Ranks
 from pipeline.runtime.lanes import Mark
 from pipeline.schedule import LayerSchedule
@@ -29,7 +30,7 @@ from pipeline.weights import LayerSlot
 
 _ARITHMETIC = {
     torch.float32: "exact products of the quantized values in float32",
-    torch.bfloat16: "dequantized weights and inputs rounded to bfloat16 (2**-9 at most), products "
+    torch.bfloat16: "dequantized weights and inputs rounded to bfloat16 (2**-8 at most), products "
     "added up in float32",
 }
 
@@ -61,6 +62,8 @@ class InSweep:
     def __post_init__(self) -> None:
         """Nothing has been computed."""
         self._marks: list[tuple[Mark, Mark]] = []
+        self._seconds_before = 0.0
+        self._wait: Callable[[], object] | None = None
 
     @property
     def key(self) -> str:
@@ -78,6 +81,9 @@ class InSweep:
             slot: Holds its BF16 weights, which are lost.
             scalars: The layer's activation scalars by tensor name.
         """
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
         begun = Mark(self.ranks.device)
         self.streams.bf16(slot)
         self.quantized(schedule, slot, scalars)
@@ -104,11 +110,21 @@ class InSweep:
                 groups = groups_of(schedule, self.architecture)
                 self.groups.visit(slot, served, scales, groups)
             served.dequantize()
+        formats = {item.module_format.weight_format for item in schedule.dense}
+        formats |= {module_format.weight_format for module_format in schedule.experts.values()}
+        formats |= {item.format for item in scales.values()}
         for mode in streams.modes:
             if mode is ServingMode.w4a16:
                 with torch.inference_mode():
                     served.flush()
-            streams.quantized(schedule.layer, mode, slot, scales)
+            streams.quantized(
+                schedule.layer,
+                mode,
+                slot,
+                scales,
+                is_bf16=not formats,
+                is_same=Format.nvfp4 not in formats,
+            )
 
     def finish(self, head: Head) -> EvaluationReport:
         """Compares the streams after the last layer; a collective."""
@@ -122,8 +138,49 @@ class InSweep:
             report.group_tokens = self.groups.tokens
         ended = Mark(self.ranks.device)
         ended.synchronize()
-        report.seconds = sum(a.seconds_until(b) for a, b in [*self._marks, (begun, ended)])
+        report.seconds = self._seconds() + begun.seconds_until(ended)
         return report
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that the next layer changes, where it lies; `keep_until` puts that off.
+
+        Waits for the device: the seconds so far are part of it.
+        """
+        if self._marks:
+            self._marks[-1][1].synchronize()
+        found = {f"streams.{name}": tensor for name, tensor in self.streams.state().items()}
+        if self.groups is not None:
+            found |= {f"groups.{name}": tensor for name, tensor in self.groups.state().items()}
+        return {**found, "seconds": torch.tensor(self._seconds(), dtype=torch.float64)}
+
+    def keep_until(self, wait: Callable[[], object]) -> None:
+        """Before the next visit overwrites anything, this call returns."""
+        self._wait = wait
+
+    def restore(self, state: Mapping[str, torch.Tensor], passed: Sequence[LayerSchedule]) -> None:
+        """Takes over `state()` of an evaluation of the same text.
+
+        Args:
+            state: What it was.
+            passed: The layers that it had passed.
+        """
+        self._seconds_before = float(state["seconds"])
+        self.streams.restore(below("streams.", state))
+        if self.groups is not None:
+            groups = [group for s in passed for group in groups_of(s, self.architecture)]
+            self.groups.restore(below("groups.", state), groups)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + sum(a.seconds_until(b) for a, b in self._marks)
+
+
+def below(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a state whose names begin so, by what follows."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
 def conclude(

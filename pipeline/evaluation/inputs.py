@@ -52,7 +52,7 @@ class InputQuantizer:
         input_format, scale, amax = self._scales[projection]
         if self._counts is not None:
             self._counts[0] += x.numel()
-            self._counts[1] += count_beyond(x, amax)
+            self._counts[1] += count_beyond(x, amax, self._backend)
         if input_format is Format.nvfp4:
             return nvfp4_input(x, scale, self._backend)
-        return fp8_input(x, scale)
+        return fp8_input(x, scale, self._backend)

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeline.calibration.hidden import HiddenStore, MicroBatch
+from pipeline.calibration.hidden import HiddenStore, MicroBatch, same_shape
 from pipeline.evaluation.inputs import InputQuantizer
 from pipeline.evaluation.records import ServingMode
 from pipeline.evaluation.scales import LayerScales
+from pipeline.nvfp4.activations import sum_squares
 from pipeline.runtime.collectives import Ranks, reduce_sum
 from pipeline.sharding import ParallelDims
 from pipeline.weights import LayerSlot
@@ -24,21 +25,29 @@ from pipeline.weights import LayerSlot
 class Bf16Stream:
     """The evaluation sequences in BF16, before and after the layer at hand.
 
+    Args:
+        store: Their hidden states.
+        backend: Name of what sums up.
+
     Attributes:
         store: Their hidden states.
         before: Those that entered the layer; empty between layers.
+        squares: Of those that left it, the squared norm without padding, fp64 [].
     """
 
-    def __init__(self, store: HiddenStore) -> None:
-        self.store = store
+    def __init__(self, store: HiddenStore, backend: str) -> None:
+        self.store, self._backend = store, backend
         self.before: list[torch.Tensor] = []
+        self.squares = torch.zeros((), dtype=torch.float64, device=store.device)
 
     @torch.inference_mode()
     def move(self, slot: LayerSlot) -> None:
         """Through the layer that the slot holds; its input is kept."""
         self.before = [batch.hidden.clone() for batch in self.store.batches]
+        self.squares = torch.zeros_like(self.squares)
         for batch in self.store.batches:
             batch.hidden = slot.forward(batch.hidden)
+            self.squares += sum_squares(batch.hidden, batch.weights, self._backend)
 
 
 class Streams:
@@ -54,7 +63,7 @@ class Streams:
         dtype: Compute dtype.
         device: Where the layers run.
         modes: Of serving.
-        backend: Name of what quantizes inputs.
+        backend: Name of what quantizes inputs and sums up.
     """
 
     def __init__(
@@ -74,7 +83,7 @@ class Streams:
         store = HiddenStore(
             token_ids, embedding, dims, rank, micro_batch=micro_batch, dtype=dtype, device=device
         )
-        self._begin(Bf16Stream(store), layers, tuple(modes), backend)
+        self._begin(Bf16Stream(store, backend), layers, tuple(modes), backend)
 
     def beside(self) -> Streams:
         """Other streams of the same text before the first layer, with the same BF16 stream.
@@ -112,15 +121,26 @@ class Streams:
 
     @torch.inference_mode()
     def quantized(
-        self, layer: int, mode: ServingMode, slot: LayerSlot, scales: LayerScales
+        self,
+        layer: int,
+        mode: ServingMode,
+        slot: LayerSlot,
+        scales: LayerScales,
+        *,
+        is_bf16: bool = False,
+        is_same: bool = False,
     ) -> None:
         """Moves a mode's stream through the layer, and the BF16 stream's input through it alone.
+
+        Modes take turns in the order of `modes`. What is known of the layer alone is not computed.
 
         Args:
             layer: Its index.
             mode: Of serving.
             slot: Holds the weights of that mode.
             scales: Of the layer's inputs.
+            is_bf16: The layer computes what it did for the BF16 stream: nothing is quantized.
+            is_same: It computes the same in all modes.
         """
         index, device = self.modes.index(mode), self.store.device
         counting, plain = (
@@ -128,18 +148,36 @@ class Streams:
             for counts in (self._counts[index], None)
         )
         sums, stream = self._sums[layer, index], self.served[mode]
+        is_known = is_bf16 or (is_same and index > 0)
         for number, batch in enumerate(self.batches):
             # What repeats a sequence of another rank is not counted.
             quantizer = counting if self._is_whole[number] else plain
             stream[number] = slot.forward(stream[number], quantizer=quantizer)
-            alone = slot.forward(self._bf16.before[number].clone(), quantizer=plain)
-            for place, values in ((0, stream[number]), (1, alone)):
-                sums[place] += _squares(values, batch.weights, batch.hidden)
-            sums[2] += _squares(batch.hidden, batch.weights)
+            sums[0] += sum_squares(stream[number], batch.weights, self.backend, batch.hidden)
+            if not is_known:
+                alone = slot.forward(self._bf16.before[number].clone(), quantizer=plain)
+                sums[1] += sum_squares(alone, batch.weights, self.backend, batch.hidden)
+        if is_known:
+            sums[1] = self._sums[layer, 0, 1]
+        sums[2] = self._bf16.squares
 
     def end_layer(self) -> None:
         """Lets go of the BF16 stream's input."""
         self._bf16.before = []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that the next layer changes, where it lies."""
+        found = {f"bf16.{name}": hidden for name, hidden in self.store.state().items()}
+        for mode in self.modes:
+            for number, hidden in enumerate(self.served[mode]):
+                found[f"{mode.value}.{number:05d}"] = hidden
+        return {**found, "sums": self._sums, "counts": self._counts}
+
+    @torch.inference_mode()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over `state()` of streams of the same text."""
+        for name, mine in self.state().items():
+            mine.copy_(same_shape(state[name], mine))
 
     def errors(self, ranks: Ranks) -> list[Mapping[ServingMode, tuple[float, float]]]:
         """Relative errors of each layer by mode, accumulated and alone; a collective."""
@@ -160,16 +198,3 @@ class Streams:
             mode: beyond / elements if elements else 0.0
             for mode, (elements, beyond) in zip(self.modes, counts, strict=True)
         }
-
-
-def _squares(
-    values: torch.Tensor, weights: torch.Tensor, subtracted: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sum of squares (of differences) of [seq, batch, hidden], fp64 []; padding has weight 0."""
-    total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for column in range(values.shape[1]):
-        part = values[:, column].float()
-        if subtracted is not None:
-            part = part - subtracted[:, column].float()
-        total += part.square().sum(dtype=torch.float64) * weights[column]
-    return total

@@ -16,7 +16,7 @@ import torch
 from pipeline.amax import dense_amax, expert_amax
 from pipeline.architecture import Architecture
 from pipeline.nvfp4.backends import get_backend
-from pipeline.nvfp4.formats import BLOCK_SIZE, HOPPER_FLUSH_BELOW, Format
+from pipeline.nvfp4.formats import Format
 from pipeline.recipe import ModuleFormat
 from pipeline.runtime.collectives import Ranks
 from pipeline.schedule import EXPERT_PROJECTIONS, DenseItem, LayerSchedule, tap_of
@@ -51,7 +51,7 @@ class ServedWeights:
         backend: str,
     ) -> None:
         self._schedule, self._slot, self._backend = schedule, slot, get_backend(backend)
-        self._flushed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._scaled: list[tuple[torch.Tensor, torch.Tensor]] = []  # weights, block scales
         self._done: set[str] = set()
         self._dense: dict[str, torch.Tensor] = {}
         self._experts: dict[str, torch.Tensor] = {}
@@ -92,12 +92,12 @@ class ServedWeights:
         """Dense weights that read the inputs of these names are quantized for a while."""
         assert not any(tap.startswith("experts.") for tap in taps), "too large to be kept twice"
         weights = [self._slot.weight(item.spec.name) for item in self._dense_of(taps)]
-        kept, flushed, done = [w.clone() for w in weights], len(self._flushed), set(self._done)
+        kept, scaled, done = [w.clone() for w in weights], len(self._scaled), set(self._done)
         self.dequantize(taps)
         yield
         for weight, values in zip(weights, kept, strict=True):
             weight.copy_(values)
-        del self._flushed[flushed:]
+        del self._scaled[scaled:]
         self._done = done
 
     def _dense_of(self, taps: frozenset[str] | None) -> list[DenseItem]:
@@ -110,10 +110,9 @@ class ServedWeights:
 
     def flush(self) -> None:
         """Zeroes the blocks, once dequantized, whose scales Hopper's kernels flush to zero."""
-        for weight, is_flushed in self._flushed:
-            blocks = weight.unflatten(-1, (-1, BLOCK_SIZE))
-            blocks.masked_fill_(is_flushed.unsqueeze(-1), 0.0)
-        self._flushed.clear()
+        for weight, weight_scale in self._scaled:
+            self._backend.zero_flushed(weight, weight_scale)
+        self._scaled.clear()
 
     def _replace(self, stack: torch.Tensor, amax: torch.Tensor, formats: ModuleFormat) -> None:
         """[E, N, K] weights in place, a piece at a time."""
@@ -125,9 +124,8 @@ class ServedWeights:
                 continue
             assert formats.weight_method is not None
             packed = self._backend.quantize_nvfp4(weight, piece_amax, formats.weight_method)
-            weight.copy_(self._backend.dequantize_nvfp4(packed, weight.dtype))
-            is_flushed = packed.weight_scale.to(torch.float32) < HOPPER_FLUSH_BELOW
-            self._flushed.append((weight, is_flushed))
+            self._backend.dequantize_nvfp4(packed, weight.dtype, out=weight)
+            self._scaled.append((weight, packed.weight_scale))
 
 
 def _pieces(stack: torch.Tensor, amax: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,7 +25,7 @@ from pipeline.checkpoint.random_values import Window, fill_normal
 from pipeline.mcore import backend
 from pipeline.mcore.kernels.combine import combine
 from pipeline.mcore.slots import Slot, build_slots
-from pipeline.nvfp4.activations import nvfp4_input
+from pipeline.nvfp4.activations import count_beyond, fp8_input, nvfp4_input, sum_squares
 from pipeline.nvfp4.backends import Backend, get_backend
 from pipeline.nvfp4.formats import WeightMethod
 from pipeline.sharding import ParallelDims, Shard
@@ -146,12 +146,19 @@ def compile_packing(formats: Formats, device: torch.device, compute_dtype: str) 
         if formats.fp8:
             runs.append(threads.submit(packs.pack_fp8, weight, amax))
         if formats.evaluates:
+            inputs, ones = weight.to(dtype), torch.ones(_ROWS, device=device)
             runs += [
-                threads.submit(_serve, packs, weight, amax, WeightMethod(method))
+                threads.submit(_serve, packs, inputs, amax, WeightMethod(method))
                 for method in formats.methods
             ]
-            inputs = weight.to(dtype)
-            runs.append(threads.submit(nvfp4_input, inputs, amax[0], formats.backend))
+            runs += [
+                threads.submit(read, inputs, amax[0], formats.backend)
+                for read in (nvfp4_input, fp8_input, count_beyond)
+            ]
+            runs += [
+                threads.submit(sum_squares, inputs, ones, formats.backend, subtracted)
+                for subtracted in (None, inputs)
+            ]
         for done in runs:
             done.result()
     _synchronize(device)
@@ -182,7 +189,8 @@ def _pack(
 
 def _serve(packs: Backend, weight: torch.Tensor, amax: torch.Tensor, method: WeightMethod) -> None:
     packed = packs.quantize_nvfp4(weight, amax, method)
-    packs.dequantize_nvfp4(packed, weight.dtype)
+    served = packs.dequantize_nvfp4(packed, weight.dtype)
+    packs.zero_flushed(served, packed.weight_scale)
 
 
 def _combine(width: int, top_k: int, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """What a server's products read instead of their inputs: quantized by calibrated scales, and back.
 
 In: activations [..., K] of any float dtype and the fp32 scale that the checkpoint stores. Out: a
-new tensor of the same shape and dtype that holds what the quantized values stand for; or a count.
+new tensor of the same shape and dtype that holds what the quantized values stand for; or what is
+told of them: how many lie beyond a bound, how far they are from others.
 
 **NVFP4** inputs get a scale per block of 16 while the server runs: `s = E4M3(min(a / (6 *
 input_scale), 448))`, a true division, then E2M1 codes of `x / (s * input_scale)`. A block beyond
@@ -13,7 +14,7 @@ Optimizer also zeroes blocks whose `s * input_scale` is below 1e-5.)
 **FP8** inputs, keys and values are `E4M3(x / scale) * scale`, saturating. Multiplying by a
 reciprocal instead, as some kernels do, differs only where a quotient lies next to a rounding tie.
 
-The result is rounded to the dtype of `x`: exact in fp32, 2**-9 at most in bf16.
+The result is rounded to the dtype of `x`: exact in fp32, 2**-8 at most in bf16.
 Temporaries are of bounded size, whatever the size of `x` (one that is not contiguous is copied).
 """
 
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, NumericsError
+from pipeline.nvfp4 import kernels_activations, kernels_squares
 from pipeline.nvfp4.backends import get_backend
 from pipeline.nvfp4.codes import round_to_e2m1
 from pipeline.nvfp4.formats import BLOCK_SIZE, E4M3_MAX
-from pipeline.nvfp4.kernels_activations import quantize_blocks
 from pipeline.nvfp4.reference import encode_fp8
 from pipeline.nvfp4.rows import row_chunks
 
@@ -53,35 +54,84 @@ def nvfp4_input(x: Tensor, input_scale: Tensor, backend: str) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if backend == "triton":
         _check_device(x)
-        quantize_blocks(x.detach().contiguous(), scale, out)
+        kernels_activations.quantize_blocks(x.detach().contiguous(), scale, out)
         return out
     for piece_RK, out_RK in _pieces(x, out):
         out_RK.copy_(_quantize_blocks(piece_RK.float(), scale))
     return out
 
 
-def fp8_input(x: Tensor, scale: Tensor) -> Tensor:
+def fp8_input(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     """Quantize inputs, keys or values to E4M3 and back.
 
     Args:
         x: Float [..., K]; NaN stays NaN.
         scale: fp32 [], positive.
+        backend: "reference" or "triton", as of `nvfp4_input`; the bits are the same.
+
+    Raises:
+        ConfigError: Unknown backend, or the kernel is asked for without a GPU.
     """
+    get_backend(backend)
     scale = scale.to(x.device, torch.float32)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if backend == "triton":
+        _check_device(x)
+        kernels_activations.quantize_fp8(x.detach().contiguous(), scale, out)
+        return out
     for piece_RK, out_RK in _pieces(x, out):
         out_RK.copy_(encode_fp8(piece_RK, scale).float().mul_(scale))
     return out
 
 
-def count_beyond(x: Tensor, amax: Tensor) -> Tensor:
-    """Count the elements of float [..., K] with `abs(x) > amax` (fp32 []): int64 []; NaN is not."""
+def count_beyond(x: Tensor, amax: Tensor, backend: str) -> Tensor:
+    """Count the elements of float [..., K] with `abs(x) > amax` (fp32 []): int64 []; NaN is not.
+
+    Args:
+        x: Float [..., K].
+        amax: fp32 [].
+        backend: "reference" or "triton", as of `nvfp4_input`; the counts are the same.
+
+    Raises:
+        ConfigError: Unknown backend, or the kernel is asked for without a GPU.
+    """
+    get_backend(backend)
     # Against a tensor without dims, bf16 would be compared in bf16: the bounds are made fp32 ones.
     amax = amax.to(x.device, torch.float32)
+    if backend == "triton":
+        _check_device(x)
+        return kernels_activations.count_beyond(x.detach().contiguous(), amax)
     count = torch.zeros((), dtype=torch.int64, device=x.device)
     for (piece_RK,) in _pieces(x):
         count += (piece_RK.abs().float() > amax).sum()
     return count
+
+
+def sum_squares(
+    x: Tensor, weights: Tensor, backend: str, subtracted: Tensor | None = None
+) -> Tensor:
+    """Sum the squares of activations, or of their differences from others: fp64 [].
+
+    Args:
+        x: Float [seq, batch, K].
+        weights: Of each batch entry, [batch].
+        backend: "reference" or "triton", as of `nvfp4_input`; they agree within 1e-6.
+        subtracted: Others of the same shape.
+
+    Raises:
+        ConfigError: Unknown backend, or the kernel is asked for without a GPU.
+    """
+    get_backend(backend)
+    if backend == "triton":
+        _check_device(x)
+        return (kernels_squares.sum_squares(x, subtracted) * weights).sum()
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for column in range(x.shape[1]):
+        part = x[:, column].float()
+        if subtracted is not None:
+            part = part - subtracted[:, column].float()
+        total += part.square().sum(dtype=torch.float64) * weights[column]
+    return total
 
 
 def _quantize_blocks(x_RK: Tensor, scale: Tensor) -> Tensor:

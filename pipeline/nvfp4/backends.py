@@ -22,7 +22,7 @@ from pipeline.nvfp4 import (
     reference,
     statistics,
 )
-from pipeline.nvfp4.formats import WeightMethod
+from pipeline.nvfp4.formats import BLOCK_SIZE, HOPPER_FLUSH_BELOW, WeightMethod
 from pipeline.nvfp4.reference import PackedWeight
 from pipeline.nvfp4.statistics import WeightStatistics
 
@@ -81,8 +81,27 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return what each amax multiplier would cost, fp64 [..., T]."""
 
-    def dequantize_nvfp4(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weights [..., N, K] that a packed weight stands for."""
+    def dequantize_nvfp4(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return the weights [..., N, K] that a packed weight stands for.
+
+        Args:
+            packed: Codes and scales.
+            dtype: Of the weights.
+            out: Contiguous weights [..., N, K] of that dtype to write into.
+        """
+
+    def zero_flushed(self, weight: Tensor, weight_scale: Tensor) -> None:
+        """Zero, in place, the blocks whose scales Hopper's weight-only kernels flush to zero.
+
+        Args:
+            weight: Contiguous [..., N, K], dequantized.
+            weight_scale: float8_e4m3fn [..., N, K/16], its block scales.
+        """
 
 
 def get_backend(name: str) -> Backend:
@@ -145,8 +164,18 @@ class _Reference:
     ) -> Tensor:
         return reference.fp8_squared_errors(weight, tensor_amax, multipliers)
 
-    def dequantize_nvfp4(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-        return reference.dequantize_nvfp4(packed, dtype)
+    def dequantize_nvfp4(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        weight = reference.dequantize_nvfp4(packed, dtype)
+        return weight if out is None else out.copy_(weight)
+
+    def zero_flushed(self, weight: Tensor, weight_scale: Tensor) -> None:
+        is_flushed = weight_scale.to(torch.float32) < HOPPER_FLUSH_BELOW
+        weight.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill_(is_flushed.unsqueeze(-1), 0.0)
 
 
 class _Triton:
@@ -185,9 +214,18 @@ class _Triton:
         _check_device(weight)
         return kernels_fp8.fp8_squared_errors(weight, tensor_amax, multipliers)
 
-    def dequantize_nvfp4(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize_nvfp4(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> Tensor:
         _check_device(packed.codes)
-        return kernels_dequantize.dequantize_nvfp4(packed, dtype)
+        return kernels_dequantize.dequantize_nvfp4(packed, dtype, out)
+
+    def zero_flushed(self, weight: Tensor, weight_scale: Tensor) -> None:
+        _check_device(weight)
+        kernels_dequantize.zero_flushed(weight, weight_scale)
 
 
 def _check_device(tensor: Tensor) -> None:

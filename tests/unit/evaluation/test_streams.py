@@ -44,7 +44,7 @@ class LinearSlot:
 def served_input(layer: int, mode: ServingMode, x: torch.Tensor) -> torch.Tensor:
     item = SCALES[layer]["in_proj"]
     if item.format is Format.fp8:
-        return fp8_input(x, torch.tensor(item.scale))
+        return fp8_input(x, torch.tensor(item.scale), "reference")
     if mode is ServingMode.w4a16:
         return x
     return nvfp4_input(x, torch.tensor(item.scale), "reference")

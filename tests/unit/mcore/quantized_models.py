@@ -90,7 +90,7 @@ class OurQuantizer:
     def quantize(self, projection: str, x: torch.Tensor) -> torch.Tensor:
         scale = self.scales[projection]
         if scale.format == "fp8":
-            return fp8_input(x, scale.value)
+            return fp8_input(x, scale.value, "reference")
         return nvfp4_input(x, scale.value, "reference")
 
 

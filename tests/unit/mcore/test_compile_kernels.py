@@ -77,13 +77,17 @@ def test_every_format_is_packed_and_read(evaluates: bool, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("pack_nvfp4", "pack_fp8", "fp8_squared_errors", "dequantize_nvfp4"):
+    measures = ("pack_nvfp4", "pack_fp8", "fp8_squared_errors")
+    for name in (*measures, "dequantize_nvfp4", "zero_flushed"):
         record(packs, name)
-    record(compile_kernels, "nvfp4_input")
+    inputs = ("count_beyond", "fp8_input", "nvfp4_input", "sum_squares")
+    for name in inputs:
+        record(compile_kernels, name)
     formats = FORMATS._replace(evaluates=evaluates)
     lines = [json.dumps(REQUEST._asdict()), json.dumps(formats._asdict())]
     compile_kernels.main(io.StringIO("\n".join(lines)))
-    served = [("dequantize_nvfp4",), ("dequantize_nvfp4",), ("nvfp4_input",)]
+    served = [("dequantize_nvfp4",), ("zero_flushed",)] * 2
+    served += [(name,) for name in (*inputs, "sum_squares")]
     packed = [
         *(("fp8_squared_errors",), ("pack_fp8",)),
         *(("pack_nvfp4", "four_over_six", True), ("pack_nvfp4", "max", False)),

@@ -13,6 +13,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from pipeline.nvfp4 import kernels_amax, kernels_dequantize, kernels_fp8, kernels_nvfp4, reference
+from pipeline.nvfp4.backends import get_backend
 from pipeline.nvfp4.formats import WeightMethod
 from pipeline.nvfp4.statistics import measure_statistics
 
@@ -182,6 +183,31 @@ def test_given_buffers_and_part_of_a_stack():
     assert_same(shifted, reference.quantize_nvfp4(stack, amax, method))
     columns, _ = kernels_nvfp4.pack_nvfp4(stack[..., 16:], amax, method)
     assert_same(columns, reference.quantize_nvfp4(stack[..., 16:], amax, method))
+
+
+def test_dequantizing_into_a_part_of_a_stack():
+    stack = gaussian(3, 6, 48, seed=11)
+    packed = reference.quantize_nvfp4(stack[1:], reference.tensor_amax(stack)[1:], WeightMethod.max)
+    out = torch.full(stack.shape, 7.0)
+    ours = kernels_dequantize.dequantize_nvfp4(packed, out=out[1:])
+    assert ours.data_ptr() == out[1:].data_ptr()
+    assert bytes_of(out[1:]).equal(bytes_of(reference.dequantize_nvfp4(packed)))
+    assert out[0].eq(7).all()
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 5, 48), (257, 32), (0, 32)])
+def test_flushed_blocks_become_zeros_and_no_others(shape):
+    """Every scale byte that a block may have, 2**-6 among them."""
+    codes = torch.arange(1, 127, dtype=torch.uint8)
+    count = torch.Size(shape).numel() // 16
+    scales = codes.repeat(5)[:count].view(*shape[:-1], shape[-1] // 16).view(torch.float8_e4m3fn)
+    weight, expected = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+    get_backend("reference").zero_flushed(expected, scales)
+    kernels_dequantize.zero_flushed(weight, scales)
+    assert weight.isnan().equal(expected.isnan())
+    assert weight.nan_to_num(0.0).eq(0).all()
+    kept = scales.float() >= 2.0**-6
+    assert weight.isnan().equal(kept.repeat_interleave(16, -1))
 
 
 @pytest.mark.parametrize(("name", "factor"), FP8_CASES)

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.errors import ConfigError, NumericsError
 from pipeline.nvfp4 import dequantize_weight, rows
-from pipeline.nvfp4.activations import count_beyond, fp8_input, nvfp4_input
+from pipeline.nvfp4.activations import count_beyond, fp8_input, nvfp4_input, sum_squares
 from pipeline.nvfp4.backends import get_backend
 from pipeline.nvfp4.formats import WeightMethod
 
@@ -93,7 +93,7 @@ def test_fp8_is_the_plain_formulation(shape, dtype):
     x = gaussian(*shape, dtype=dtype)
     before = x.clone()
     scale = torch.tensor(2.0 / 448)  # some lie beyond: they saturate
-    quantized = fp8_input(x, scale)
+    quantized = fp8_input(x, scale, "reference")
     assert quantized.dtype is dtype
     assert quantized.equal(plain_fp8(x, scale.item()))
     assert quantized.float().abs().max() == pytest.approx(2.0, rel=2**-8)
@@ -153,8 +153,8 @@ def test_pieces_do_not_show(monkeypatch, tall):
     def outcome():
         return (
             nvfp4_input(x, scale, "reference"),
-            fp8_input(x, amax / 448),
-            count_beyond(x, amax),
+            fp8_input(x, amax / 448, "reference"),
+            count_beyond(x, amax, "reference"),
         )
 
     whole = outcome()
@@ -167,52 +167,69 @@ def test_views_are_read_where_they_lie():
     """Keys are a part of what the projection gives."""
     qkv = gaussian(6, 2, 96)
     keys = qkv[..., 32:64].unflatten(-1, (2, 16))
-    assert fp8_input(keys, torch.tensor(0.01)).equal(fp8_input(keys.clone(), torch.tensor(0.01)))
+    assert fp8_input(keys, torch.tensor(0.01), "reference").equal(
+        fp8_input(keys.clone(), torch.tensor(0.01), "reference")
+    )
     assert nvfp4_input(keys, torch.tensor(1e-3), "reference").equal(
         nvfp4_input(keys.clone(), torch.tensor(1e-3), "reference")
     )
-    assert count_beyond(keys, torch.tensor(1.0)) == (keys.abs() > 1).sum()
+    assert count_beyond(keys, torch.tensor(1.0), "reference") == (keys.abs() > 1).sum()
 
 
 def test_nothing_gives_nothing():
     x = torch.empty(0, 32, dtype=torch.bfloat16)
     for quantized in (
         nvfp4_input(x, torch.tensor(1.0), "reference"),
-        fp8_input(x, torch.tensor(1.0)),
+        fp8_input(x, torch.tensor(1.0), "reference"),
     ):
         assert (quantized.shape, quantized.dtype) == (x.shape, x.dtype)
-    assert count_beyond(x, torch.tensor(1.0)) == 0
+    assert count_beyond(x, torch.tensor(1.0), "reference") == 0
 
 
 def test_not_a_number_is_not_swallowed():
     x = torch.zeros(2, 16)
     x[0, 3] = torch.nan
     assert nvfp4_input(x, torch.tensor(1.0), "reference")[0, 3].isnan()
-    assert fp8_input(x, torch.tensor(1.0))[0, 3].isnan()
+    assert fp8_input(x, torch.tensor(1.0), "reference")[0, 3].isnan()
     assert nvfp4_input(x, torch.tensor(1.0), "reference")[1].eq(0).all()
 
 
 def test_counting_compares_in_fp32():
     """1.001 is 1.0 in bf16: an element of 1.0 is not beyond it, nor is 1.0078 below it."""
     x = torch.tensor([[1.0, -1.0078125, 1.0078125, 0.5, 1.0, 0.0, -3.0, 1.0]], dtype=torch.bfloat16)
-    count = count_beyond(x, torch.tensor(1.001))
+    count = count_beyond(x, torch.tensor(1.001), "reference")
     assert (count.dtype, count.shape) == (torch.int64, ())
     assert count == 3
-    assert count_beyond(x, torch.tensor(0.999)) == 6
-    assert count_beyond(x, torch.tensor(1.0)) == 3
-    assert count_beyond(x, torch.tensor(3.0)) == 0
+    assert count_beyond(x, torch.tensor(0.999), "reference") == 6
+    assert count_beyond(x, torch.tensor(1.0), "reference") == 3
+    assert count_beyond(x, torch.tensor(3.0), "reference") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_of_differences(dtype):
+    x, other = gaussian(5, 3, 32, dtype=dtype), gaussian(5, 3, 32, dtype=dtype, seed=1)
+    weights = torch.tensor([1.0, 0.0, 1.0])
+    kept = [0, 2]
+    found = sum_squares(x, weights, "reference")
+    assert (found.dtype, found.shape) == (torch.float64, ())
+    assert found.item() == pytest.approx(x[:, kept].double().square().sum().item(), rel=1e-6)
+    difference = x[:, kept].double() - other[:, kept].double()
+    found = sum_squares(x, weights, "reference", other)
+    assert found.item() == pytest.approx(difference.square().sum().item(), rel=1e-6)
 
 
 def test_refusals():
     with pytest.raises(NumericsError, match=r"shape \[4, 24\].*blocks of 16"):
         nvfp4_input(torch.zeros(4, 24), torch.tensor(1.0), "reference")
-    with pytest.raises(ConfigError, match="backend: found cuda"):
-        nvfp4_input(torch.zeros(4, 16), torch.tensor(1.0), "cuda")
-    with pytest.raises(ConfigError, match=r"triton with activations on cpu.*reference"):
-        nvfp4_input(torch.zeros(4, 16), torch.tensor(1.0), "triton")
+    x, one = torch.zeros(4, 2, 16), torch.tensor(1.0)
+    for call in (nvfp4_input, fp8_input, count_beyond, sum_squares):
+        with pytest.raises(ConfigError, match=r"triton with activations on cpu.*reference"):
+            call(x, one, "triton")
+        with pytest.raises(ConfigError, match="backend: found cuda"):
+            call(x, one, "cuda")
 
 
-def test_the_kernel_gives_the_bits_of_plain_torch():
+def test_kernels_give_what_plain_torch_gives():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", INTERPRETED],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -36,6 +36,7 @@ def test_kernels_refuse_tensors_on_a_cpu(weight):
         lambda: backend.pack_fp8(weight, amax),
         lambda: backend.fp8_squared_errors(weight, amax, (1.0,)),
         lambda: backend.dequantize_nvfp4(packed),
+        lambda: backend.zero_flushed(weight, packed.weight_scale),
     ):
         with pytest.raises(ConfigError, match="found triton with tensors on cpu"):
             call()
@@ -58,6 +59,21 @@ def test_reference_packs_and_measures(weight, method):
         assert measured.squared_error_of_max.equal(squared_error_of_max(weight, amax))
         _, measured = backend.pack_nvfp4(weight, amax, method)
     assert measured.squared_error_of_max.equal(measured.squared_error)
+
+
+def test_reference_dequantizes_into_a_buffer_and_flushes(weight):
+    backend = get_backend("reference")
+    weight[..., 16:32] *= 2.0**-16
+    packed = backend.quantize_nvfp4(weight, backend.tensor_amax(weight), WeightMethod.max)
+    out = torch.zeros_like(weight)
+    assert backend.dequantize_nvfp4(packed, torch.bfloat16, out) is out
+    expected = dequantize_nvfp4(packed, torch.bfloat16)
+    assert out.equal(expected)
+    backend.zero_flushed(out, packed.weight_scale)
+    kept = (packed.weight_scale.float() >= 2.0**-6).repeat_interleave(16, -1)
+    assert not kept.all()
+    assert kept.any()
+    assert out.equal(expected.where(kept, 0.0))
 
 
 def test_reference_stores_fp8(weight):
