@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,7 @@ class HiddenStore:
                 hidden = _pin(hidden)
             self.batches.append(MicroBatch(indices, weights, hidden))
         self._staging = _Staging(self.batches, device) if self.on_host else None
+        self._waits: list[Callable[[], object]] = []
 
     @property
     def tokens(self) -> int:
@@ -111,17 +112,48 @@ class HiddenStore:
             between: Called after each micro-batch was enqueued, with its index.
         """
         for index, batch in enumerate(self.batches):
+            if self._waits:
+                self._waits[index]()
             if self._staging is None:
                 batch.hidden = layer(batch)
             else:
                 self._staging.run(index, layer)
             between(index)
+        self._waits = []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The hidden states where they lie, by index of the micro-batch; those on the host settled.
+
+        The next update overwrites them: `keep_until` puts it off.
+        """
+        if self._staging is not None:
+            self._staging.settle()
+        return {f"{index:05d}": batch.hidden for index, batch in enumerate(self.batches)}
+
+    def keep_until(self, waits: Sequence[Callable[[], object]]) -> None:
+        """Before the next update overwrites a micro-batch, its own of these calls returns."""
+        assert len(waits) == len(self.batches)
+        self._waits = list(waits)
+
+    @torch.inference_mode()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over the hidden states of `state()`, of a store of the same sequences."""
+        assert len(state) == len(self.batches)
+        for index, batch in enumerate(self.batches):
+            batch.hidden.copy_(same_shape(state[f"{index:05d}"], batch.hidden))
 
     def on_device(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states of one micro-batch, on the device."""
         if self._staging is not None:
             self._staging.settle()
         return batch.hidden.to(self.device)
+
+
+def same_shape(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The values, which have the shape and dtype of `like`: `copy_` would stretch and convert."""
+    assert values.shape == like.shape, (values.shape, like.shape)
+    assert values.dtype == like.dtype
+    return values
 
 
 def _pin(hidden: torch.Tensor) -> torch.Tensor:
