@@ -1,17 +1,17 @@
 """What the entry points share: where conf/ lies, this process's place, errors to exit statuses.
 
 Exit statuses: 0 done, 1 the audit found problems or a gate was missed, 2 refused (the message says
-why), 3 an unexpected fault (with a traceback).
+why), 3 a fault (an unexpected one with a traceback), 75 stopped: the same command goes on, 130
+interrupted.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -20,29 +20,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pipeline.config import register_schemas
-from pipeline.errors import AuditError, LayersweepError
+from pipeline.errors import JointError, LayersweepError
 from pipeline.preparation import Place
+from pipeline.runtime.endings import UNEXPECTED, Status, describe, is_lost_connection
+from pipeline.runtime.launcher import tell_torchrun
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 JOBS_DIR = CONF_DIR / "job"
 
-AUDIT_FAILED, REFUSED, FAULT, INTERRUPTED = 1, 2, 3, 130
-GATE_MISSED = 1
-
-# Other ranks than 0 wait this long before they report: rank 0 usually fails for the same reason
-# and says so, and the launcher then ends the others, so that the user reads one message.
+# Where the ranks have no common store yet, or no work directory. Other ranks than 0 wait this long
+# before they report: rank 0 usually fails for the same reason and says so, and the launcher then
+# ends the others, so that the user reads one message.
 OTHERS_WAIT_S = 5.0
 # Ranks whose connection broke are victims of another rank's fault.
 VICTIMS_WAIT_S = 20.0
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_BROKEN_CONNECTION = (
-    "Connection closed",
-    "Connection reset",
-    "Connection was likely closed",
-    "gloo",
-    "NCCL",
-    "Broken pipe",
-)
 
 
 def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
@@ -64,6 +55,8 @@ def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
         place = place_of_process()
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             statuses.append(attempt(lambda: action(composed, place), place))
+            if statuses[-1] in (Status.stopped, Status.interrupted):
+                sys.exit(statuses[-1])  # nor are the jobs after it wanted now
         else:
             run(lambda: action(composed, place), place)
 
@@ -72,7 +65,7 @@ def launch(job: str, action: Callable[[DictConfig, Place], int]) -> None:
         sys.exit(max(statuses, default=0))  # of a multirun, the worst
     except SystemExit as end:
         # Hydra itself says what is wrong with an option, and exits with 1.
-        sys.exit(REFUSED if end.code == 1 and not composed_well else end.code)
+        sys.exit(Status.refused if end.code == 1 and not composed_well else end.code)
 
 
 def place_of_process() -> Place:
@@ -100,51 +93,59 @@ def attempt(action: Callable[[], int], place: Place) -> int:
     """Calls `action`, reports what goes wrong, and returns its status."""
     try:
         status = action()
-    except LayersweepError as error:
-        if place.rank != 0:
-            time.sleep(OTHERS_WAIT_S)
-        who = f" (rank {place.rank})" if place.world > 1 else ""
-        _say(f"layersweep: error{who}: {error}")
-        status = AUDIT_FAILED if isinstance(error, AuditError) else REFUSED
     except KeyboardInterrupt:
         _say(
             "layersweep: interrupted; the same command goes on from the last finished layer "
             "(a rehearsal begins anew)"
         )
-        status = INTERRUPTED
+        status = Status.interrupted
     except Exception as error:
-        status = _report_fault(error, place)
+        status = _report(error, place)
     sys.stdout.flush()
     sys.stderr.flush()
     return status
 
 
-def _report_fault(error: Exception, place: Place) -> int:
-    """Says what went wrong beyond a user's input; returns the exit status."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        where = error.filename or "the output"
-        _say(f"layersweep: error: {where}: {error.strerror}; make room, then start it again")
-        return REFUSED
-    if place.world > 1 and any(word in str(error) for word in _BROKEN_CONNECTION):
+def _report(error: Exception, place: Place) -> int:
+    """Says what went wrong; returns the exit status."""
+    _, cause, status = describe(error)
+    if status != Status.fault:
+        if place.rank != 0:
+            time.sleep(OTHERS_WAIT_S)
+        is_joint = isinstance(error, JointError)
+        who = f" (rank {place.rank})" if place.world > 1 and not is_joint else ""
+        if not is_joint or place.rank == 0:
+            text = error if isinstance(error, LayersweepError) else cause
+            _say(f"layersweep: error{who}: {text}")
+    elif place.world > 1 and is_lost_connection(error):
         time.sleep(VICTIMS_WAIT_S)
         _say(
             f"layersweep: rank {place.rank} lost its connection: another rank ended "
             "(its own message says why). The same command goes on from the last finished layer"
         )
-        return FAULT
-    _say(f"layersweep: unexpected fault on rank {place.rank}")
-    traceback.print_exc()
-    return FAULT
+    elif cause.startswith(UNEXPECTED):
+        _say(f"layersweep: {UNEXPECTED} on rank {place.rank}")
+        traceback.print_exc()
+    else:
+        _say(f"layersweep: failed: rank {place.rank}: {cause}")
+    tell_torchrun(cause, time.time())
+    return status
 
 
 def take_positional() -> str | None:
     """Takes the first word that is no option out of the command line."""
-    for index, word in enumerate(sys.argv[1:], start=1):
-        if word.startswith("-") or (index > 1 and sys.argv[index - 1].startswith("--config")):
+    word, sys.argv[1:] = split_positional(sys.argv[1:])
+    return word
+
+
+def split_positional(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The first word of a command line that is no option, and the others."""
+    for index, word in enumerate(words):
+        if word.startswith("-") or (index and words[index - 1].startswith("--config")):
             continue
         if "=" not in word or Path(word).is_dir():
-            return sys.argv.pop(index)
-    return None
+            return word, [*words[:index], *words[index + 1 :]]
+    return None, list(words)
 
 
 def _say(text: str) -> None:

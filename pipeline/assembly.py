@@ -13,13 +13,18 @@ import torch
 
 from pipeline.architecture import LayerType
 from pipeline.calibration.hidden import HiddenStore
+from pipeline.checkpoint.snapshot_files import unwritten_bytes
 from pipeline.config import CalibrateConfig
 from pipeline.evaluation.groups import GroupStreams
 from pipeline.evaluation.in_sweep import InSweep
 from pipeline.evaluation.records import ServingMode
 from pipeline.evaluation.streams import Streams
-from pipeline.preparation import Place, Prepared, packing_backend
+from pipeline.memory import smallest_plan
+from pipeline.preparation import Place, Prepared, fingerprint, packing_backend
 from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
+from pipeline.runtime.connecting import connecting
+from pipeline.snapshots import Snapshots
+from pipeline.tokens import TokenIds
 from pipeline.weights import LayerSlot
 
 
@@ -32,15 +37,17 @@ def connect(
         return Ranks(None, None, None, device), None
     from pipeline.mcore import backend
 
-    groups = backend.start(job.dims, place.rank, device, timeout_s=60.0 * config.timeout_minutes)
+    with connecting(place.rank, place.world):
+        groups = backend.start(
+            job.dims, place.rank, device, timeout_s=60.0 * config.timeout_minutes
+        )
     return Ranks(groups.world, groups.tp, groups.etp, device), groups
 
 
 def agree_on_memory(prepared: Prepared, ranks: Ranks) -> Prepared:
     """The plan of the rank with the least memory, for all: they must make the same calls."""
     plans = gather_objects(prepared.plan.memory, ranks.world)
-    least = min(plans, key=lambda p: (not p.hidden_on_host, p.micro_batch)) if plans else None
-    memory = broadcast_object(least, ranks.world)
+    memory = broadcast_object(smallest_plan(plans), ranks.world)
     return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, memory=memory))
 
 
@@ -145,4 +152,35 @@ def make_evaluation(
         describe_evaluation(config),
         prepared.dtype,
         groups,
+    )
+
+
+def make_snapshots(
+    config: CalibrateConfig,
+    prepared: Prepared,
+    ranks: Ranks,
+    tokens: TokenIds,
+    store: HiddenStore,
+    evaluation: InSweep | None,
+) -> Snapshots:
+    """What keeps the hidden states for a restart, under a key of all that they depend on."""
+    job, memory, work = prepared.job, prepared.plan.memory, prepared.work
+    assert memory is not None
+    key = {
+        "job": fingerprint(config, prepared, tokens.calibration) if ranks.rank == 0 else None,
+        "evaluation": None if evaluation is None else evaluation.key,
+        "layout": {name: getattr(job.dims, name) for name in ("world", "tp", "ep", "etp")},
+        "micro_batch": [memory.micro_batch, memory.evaluated_at_a_time],
+        "device": ranks.device.type,
+    }
+    return Snapshots(
+        work.snapshots,
+        key,
+        ranks,
+        config.snapshots,
+        store,
+        evaluation,
+        job.schedules,
+        unwritten=lambda: unwritten_bytes(work.files, prepared.plan.quantized_bytes),
+        in_background=ranks.device.type == "cuda",
     )

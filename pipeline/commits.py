@@ -18,16 +18,19 @@ import torch
 from pipeline.calibration.choose import choose_scalars
 from pipeline.calibration.observers import Statistic
 from pipeline.calibration.reduce import ReducedStatistics, refuse_nonfinite
-from pipeline.checkpoint.journal import Journal
+from pipeline.checkpoint.journal import SCALARS, Journal
+from pipeline.checkpoint.read_record import ReadRecord
 from pipeline.checkpoint.writer import FileRecord
 from pipeline.job import Job
 from pipeline.packing import LayerPacking
 from pipeline.runtime.collectives import Ranks, barrier
 from pipeline.runtime.lanes import Mark
+from pipeline.runtime.life import Life, Phase
 from pipeline.runtime.progress import Progress
 from pipeline.schedule import LayerSchedule
 
-SCALARS = "scalars"
+READ = "read"
+"""Key of a part's statistics: digests of the shards that its layer was packed from."""
 
 LAYERS_IN_FLIGHT = 2
 """Layers on a GPU whose files may still be on their way while a later one computes."""
@@ -100,6 +103,7 @@ class Commits:
 
     Attributes:
         scalars: Activation scalars by tensor name, of every layer that was looked at.
+        through: The last layer that is committed; -1 before the first.
 
     Args:
         job: What was decided.
@@ -107,6 +111,9 @@ class Commits:
         ranks: Groups for collectives.
         scalars: How activation scalars are chosen.
         progress: Speaks to the user.
+        tokens: Calibration tokens that pass through every layer.
+        life: Told where this rank is.
+        reads: Digests of what this rank has read of the source; None for made-up weights.
     """
 
     def __init__(
@@ -117,11 +124,15 @@ class Commits:
         scalars: ScalarSettings,
         progress: Progress,
         tokens: int,
+        life: Life | None = None,
+        reads: ReadRecord | None = None,
     ) -> None:
         self._job, self._journal, self._ranks = job, journal, ranks
         self._scalars, self._progress, self._tokens = scalars, progress, tokens
+        self._life, self._reads = life or Life(), reads
         self._is_async = ranks.device.type == "cuda"
         self.scalars: dict[int, dict[str, float]] = {}
+        self.through = -1
         self._new: deque[LayerRun] = deque()
         self._settled: deque[_Settled] = deque()
         self._outer: list[Future[FileRecord]] | None = None
@@ -149,30 +160,39 @@ class Commits:
             if file.done():
                 file.result()  # what went wrong outside the layers is said now, not at the end
         while self._new:
-            self._settled.append(self._look_at(self._new.popleft()))
+            run = self._new.popleft()
+            with self._life.during(Phase.forward, run.schedule.layer):
+                self._settled.append(self._look_at(run))
         while len(self._settled) > keep:
-            self._commit_layer(self._settled.popleft())
+            settled = self._settled.popleft()
+            with self._life.during(Phase.commit, settled.run.schedule.layer):
+                self._commit_layer(settled)
 
     def drain(self) -> None:
         """Commits everything."""
         self.settle(keep=0)
         if self._outer is not None:
-            self._commit_outer()
+            with self._life.during(Phase.commit):
+                self._commit_outer()
 
     def commit(self, unit: int | str, statistics: dict[str, object]) -> None:
         """Declares a unit whole, once every rank has written its part; rank 0 does it."""
-        barrier(self._ranks.world)
+        self._wait(unit)
         if self._ranks.rank == 0:
             self._journal.write_part(unit, SCALARS, [], statistics)
             parts = [f"rank{rank:05d}" for rank in range(self._ranks.size)]
             self._journal.commit(unit, [*parts, SCALARS])
-        barrier(self._ranks.world)
+        self._wait(unit)
 
     def write_part(
         self, unit: int | str, files: Sequence[FileRecord], statistics: dict[str, object]
     ) -> None:
         """Records this rank's part of a unit."""
         self._journal.write_part(unit, f"rank{self._ranks.rank:05d}", files, statistics)
+
+    def _wait(self, unit: int | str) -> None:
+        with self._life.during(Phase.wait, unit if isinstance(unit, int) else None):
+            barrier(self._ranks.world)
 
     def _look_at(self, run: LayerRun) -> _Settled:
         """Waits for a layer's statistics, and refuses what is not finite."""
@@ -202,11 +222,13 @@ class Commits:
             files = [file.result() for file in run.files]
             run.write_wait_s += time.monotonic() - start
             written = sum(file.bytes for file in files)
-            self.write_part(layer, files, {"packed": settled.packed})
+            read = {} if self._reads is None else self._reads.of_layer(layer)
+            self.write_part(layer, files, {"packed": settled.packed, READ: read})
             settled.summary["seconds"] = run.seconds()
             if self._ranks.rank == 0:
                 settled.summary["scalars"] = self.scalars.get(layer, {})
             self.commit(layer, settled.summary)
+        self.through = layer
         self._progress.layer_done(
             layer,
             run.schedule.layer_type,
@@ -217,6 +239,7 @@ class Commits:
             bytes_written=written,
             input_amax=settled.summary.get("amax", {}),
         )
+        self._life.layer_done(layer, self._progress.figures)
 
     def _choose_scalars(self, layer: int, amax: dict[str, torch.Tensor]) -> dict[str, float]:
         return choose_scalars(
@@ -229,7 +252,9 @@ class Commits:
 
     def _commit_outer(self) -> None:
         assert self._outer is not None
-        self.write_part(self._outer_unit, [file.result() for file in self._outer], {})
+        files = [file.result() for file in self._outer]
+        read = {} if self._reads is None else self._reads.of_outside()
+        self.write_part(self._outer_unit, files, {READ: read})
         self.commit(self._outer_unit, {})
         self._outer = None
 

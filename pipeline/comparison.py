@@ -29,13 +29,14 @@ from pipeline.calibration.choose import choose_scalars
 from pipeline.calibration.hidden import HiddenStore, MicroBatch
 from pipeline.calibration.observers import LayerObserver
 from pipeline.calibration.reduce import ReducedStatistics, refuse_nonfinite
-from pipeline.checkpoint.journal import LayerRecord, PartRecord
+from pipeline.checkpoint.journal import SCALARS, LayerRecord, PartRecord
 from pipeline.config_compare import CompareConfig
 from pipeline.evaluation.in_sweep import InSweep
 from pipeline.evaluation.originals import Originals
 from pipeline.evaluation.streams import Streams
 from pipeline.filling import SlotFiller
 from pipeline.packing import LayerPacker
+from pipeline.preflight import Preflight
 from pipeline.preparation import Place, Prepared, packing_backend, prepare_several
 from pipeline.reading import Reading, make_feed, read_head, requests_of
 from pipeline.report.records import RunReport
@@ -44,7 +45,6 @@ from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
 from pipeline.runtime.lanes import Mark
 from pipeline.runtime.progress import Progress
 from pipeline.schedule import LayerSchedule
-from pipeline.sweep import SCALARS
 from pipeline.tokens import TokenIds, load_tokens
 from pipeline.weights import LayerSlot, SlotWeights
 
@@ -119,12 +119,15 @@ def compare_recipes(config: CompareConfig, conf_dir: Path, place: Place) -> list
         LayersweepError: Anything a user can cause.
     """
     clock = time.monotonic()
-    prepared = prepare_several(config, config.recipes, conf_dir, place)
-    first = prepared[0]
-    tokens = None
-    if place.rank == 0:
-        vocab_size = first.job.architecture.vocab_size
-        tokens = load_tokens(config, conf_dir, first.source, vocab_size)
+    preflight = Preflight(place, conf_dir, answer_s=60.0 * config.timeout_minutes)
+    with preflight.sharing():
+        prepared = prepare_several(config, config.recipes, conf_dir, place)
+        first = prepared[0]
+        tokens = None
+        if place.rank == 0:
+            vocab_size = first.job.architecture.vocab_size
+            tokens = load_tokens(config, conf_dir, first.source, vocab_size)
+    preflight.check_reading(config, [first.source], first)
     ranks, groups = connect(config, first, place, forward=True)
     first = agree_on_memory(first, ranks)
     tokens = broadcast_object(tokens, ranks.world)

@@ -121,6 +121,7 @@ class CalibrateConfig:
     read_ahead_gb: float | None = None
     write_threads: int = 4
     cast: bool = False
+    verify_source: bool = False
     allow_bad_loss: bool = False
     clamp_kv_scales: bool = True
     unobserved_input_scale: float | None = None

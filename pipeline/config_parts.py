@@ -9,6 +9,9 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.sharding import ParallelDims
 
+MOST_SEQUENCES = 2**20
+"""Beyond it no memory holds even the token ids of long sequences."""
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
@@ -57,6 +60,8 @@ class CalibrationConfig:
                     rule=f"must be at least {least}",
                     remedy="raise it",
                 )
+        if self.num_sequences > MOST_SEQUENCES:
+            raise _too_many("calibration.num_sequences", self.num_sequences)
 
 
 @dataclass(kw_only=True)
@@ -79,8 +84,13 @@ class EvaluationConfig:
                     f"evaluation.{name}",
                     value=getattr(self, name),
                     rule=f"must be at least {least}",
-                    remedy="0 leaves the evaluation out" if least == 0 else "raise it",
+                    remedy={
+                        "num_sequences": "0 leaves the evaluation out",
+                        "group_sequences": "0 leaves the groups out",
+                    }.get(name, "raise it"),
                 )
+        if self.num_sequences > MOST_SEQUENCES:
+            raise _too_many("evaluation.num_sequences", self.num_sequences)
         for name, lowest, highest in (
             ("max_kl", 0.0, math.inf),
             ("min_top1", 0.0, 1.0),
@@ -129,3 +139,12 @@ class SnapshotConfig:
                     rule="must be positive and finite",
                     remedy="change it" if name == "keep" else "null takes none by this measure",
                 )
+
+
+def _too_many(name: str, value: int) -> ConfigError:
+    return ConfigError(
+        name,
+        value=value,
+        rule=f"must be at most {MOST_SEQUENCES}",
+        remedy="lower it; 512 sequences calibrate, 8 to 64 evaluate",
+    )

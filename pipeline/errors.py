@@ -62,3 +62,25 @@ class OutputError(LayersweepError):
 
 class AuditError(LayersweepError):
     """A finished checkpoint directory that breaks a rule of the format."""
+
+
+class ClusterError(LayersweepError):
+    """The batch system, or what it needs on this machine."""
+
+
+class JointError(LayersweepError):
+    """Why all ranks together do not start; every rank raises it, and rank 0 says it for all."""
+
+
+class StoppedError(Exception):
+    """The run was asked to end early, and did; nothing is wrong.
+
+    Args:
+        layer: The last one that was done; None where there was none.
+        reason: Who asked.
+    """
+
+    def __init__(self, layer: int | None, reason: str) -> None:
+        self.layer, self.reason = layer, reason
+        where = "before the first layer" if layer is None else f"after layer {layer}"
+        super().__init__(f"stopped {where} ({reason})")

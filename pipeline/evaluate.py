@@ -19,17 +19,17 @@ import torch
 
 from pipeline.architecture import LayerType, expected_tensors
 from pipeline.checkpoint.quantization_config import NVFP4_ALGORITHMS
+from pipeline.checkpoint.weight_errors import WeightErrors
 from pipeline.config import PlanOutput
 from pipeline.config_evaluate import EvaluateConfig
 from pipeline.errors import NumericsError
 from pipeline.evaluation.fidelity import Head
 from pipeline.evaluation.filling import LayerFiller
 from pipeline.evaluation.findings import (
+    add_errors,
     find_changed_copies,
     find_outlying_layers,
-    find_wrong_scales,
     find_wrong_weights,
-    relative_errors,
 )
 from pipeline.evaluation.gates import missed_gates
 from pipeline.evaluation.in_sweep import conclude
@@ -37,10 +37,12 @@ from pipeline.evaluation.opening import Opened, describe_text, load_text, open_b
 from pipeline.evaluation.records import EvaluationReport, ServingMode
 from pipeline.evaluation.streams import Streams
 from pipeline.evaluation.table import EvaluationResult, print_result, to_values, write_result
+from pipeline.preflight import Preflight
 from pipeline.preparation import Place
-from pipeline.report.fidelity import clipping_warnings
+from pipeline.report.fidelity import clipping_warnings, input_warnings, sample_warnings
 from pipeline.report.plan_table import print_json
 from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
+from pipeline.runtime.connecting import connecting
 from pipeline.runtime.progress import Progress
 from pipeline.weights import LayerSlot
 
@@ -62,16 +64,20 @@ def evaluate(config: EvaluateConfig, conf_dir: Path, place: Place) -> int:
         LayersweepError: Anything else that a user can cause.
     """
     clock = time.monotonic()
-    opened = open_both(config, place)
-    token_ids = None
-    if place.rank == 0:
-        _announce(opened)
-        token_ids = load_text(config, conf_dir, opened)
+    preflight = Preflight(place, conf_dir, answer_s=60.0 * config.timeout_minutes)
+    with preflight.sharing():
+        opened = open_both(config, place)
+        token_ids = None
+        if place.rank == 0:
+            _announce(opened)
+            token_ids = load_text(config, conf_dir, opened)
+    preflight.check_reading(config, [opened.source, opened.checkpoint.files])
     from pipeline.mcore import backend
 
-    groups = backend.start(
-        opened.dims, place.rank, opened.device, timeout_s=60.0 * config.timeout_minutes
-    )
+    with connecting(place.rank, place.world):
+        groups = backend.start(
+            opened.dims, place.rank, opened.device, timeout_s=60.0 * config.timeout_minutes
+        )
     ranks = Ranks(groups.world, groups.tp, groups.etp, opened.device)
     token_ids = broadcast_object(token_ids, ranks.world)
     result = _measure(config, opened, ranks, groups, token_ids)
@@ -121,7 +127,7 @@ def _measure(
         compute_dtype=opened.dtype,
         seq_len=config.seq_len,
     )
-    squares, changed = _visit_layers(config, opened, ranks, slots, streams)
+    errors, changed = _visit_layers(config, opened, ranks, slots, streams)
     norm, head = outer["backbone.norm_f.weight"], outer.get("lm_head.weight", embedding)
     report = conclude(
         streams,
@@ -131,13 +137,12 @@ def _measure(
         data=describe_text(config),
         dtype=opened.dtype,
     )
-    parts = gather_objects(squares, ranks.world)
+    parts = gather_objects(errors, ranks.world)
     copies = gather_objects(changed, ranks.world)
     if ranks.rank:
         return None
     wrong = find_changed_copies(list(dict.fromkeys(name for part in copies for name in part)))
-    wrong += find_wrong_scales(parts, opened.checkpoint)
-    return _conclude(config, opened, report, relative_errors(parts), wrong)
+    return _conclude(config, opened, report, add_errors(parts), wrong)
 
 
 def _visit_layers(
@@ -146,7 +151,7 @@ def _visit_layers(
     ranks: Ranks,
     slots: Mapping[LayerType, LayerSlot],
     streams: Streams,
-) -> tuple[dict[str, tuple[float, ...]], list[str]]:
+) -> tuple[dict[str, WeightErrors], list[str]]:
     """Moves all streams through all layers.
 
     Returns:
@@ -183,14 +188,14 @@ def _visit_layers(
                 streams.quantized(layer, mode, slot, scales, is_same=is_same)
             streams.end_layer()
             progress.layer_done(layer, layer_type, phase="evaluate")
-        return filler.squares(), filler.changed_copies()
+        return filler.weight_errors(), filler.changed_copies()
 
 
 def _conclude(
     config: EvaluateConfig,
     opened: Opened,
     report: EvaluationReport,
-    errors: Mapping[str, float],
+    weight_errors: Mapping[str, WeightErrors],
     wrong: list[str],
 ) -> EvaluationResult:
     """Gates, weights that are not the source's, and what stands out.
@@ -212,16 +217,18 @@ def _conclude(
         if not (math.isfinite(mode.kl_mean) and math.isfinite(mode.perplexity))
     ]
     report.rejected += missed_gates(report, config.evaluation)
-    report.rejected += find_wrong_weights(errors, checkpoint) + wrong
+    report.rejected += find_wrong_weights(weight_errors, checkpoint) + wrong
+    errors = {module: found.relative for module, found in weight_errors.items()}
     warnings = find_outlying_layers(report.layers, checkpoint, errors)
-    warnings += clipping_warnings(report.modes)
+    warnings += sample_warnings(report.modes) + clipping_warnings(report.modes)
+    warnings += input_warnings(report.inputs)
     warnings += checkpoint.notes()
     warnings += checkpoint.audit.notes if checkpoint.audit is not None else []
     return EvaluationResult(
         directory=str(config.directory),
         source=config.source,
         report=report,
-        weight_errors=dict(errors),
+        weight_errors=errors,
         warnings=warnings,
     )
 
@@ -243,4 +250,8 @@ def _announce(opened: Opened) -> None:
     logger.info(
         "audit   passed; quantized projections: %s",
         ", ".join(f"{number} {algorithm}" for algorithm, number in counts.items()),
+    )
+    logger.info(
+        "not checked here: checksums, mtp.* and small files (tokenizer ...) against the source; "
+        "layersweep-verify DIR source=... does"
     )

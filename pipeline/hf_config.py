@@ -13,7 +13,14 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
+from pipeline.checkpoint.source_files import MAX_TENSORS
+from pipeline.checkpoint.strict_json import is_whole_number, shown
 from pipeline.errors import ArchitectureError
+
+MAX_LAYERS = 1024
+"""Nemotron 3 Ultra has 108."""
+MAX_SIZE = 1 << 24
+"""Of anything that is counted: widths, heads, vocabulary. Ultra's largest is 131,072."""
 
 
 class LayerType(StrEnum):
@@ -63,7 +70,7 @@ def read_values(
     if model_type != "nemotron_h":
         raise ArchitectureError(
             "config.json model_type",
-            value=repr(model_type),
+            value=shown(model_type),
             rule="Layersweep converts the Nemotron-H family (model_type 'nemotron_h')",
             remedy="point checkpoint= at a nemotron_h checkpoint",
         )
@@ -73,6 +80,7 @@ def read_values(
     for field in fields:
         if field.name not in values:
             values[field.name] = _read_field(config, field, required=required)
+    _refuse_many_tensors((*layers, *values["mtp_layers"]), values.get("n_routed_experts", 0))
     _check_unsupported(config, layers)
     return values
 
@@ -107,35 +115,45 @@ def _read_field(
                 remedy=f"add {name} to config.json",
             )
         return field.default
-    kind = str(field.type)
+    kind, most = str(field.type), ""
     if kind == "bool":
         valid = isinstance(value, bool)
     elif kind == "float":
-        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        valid = is_whole_number(value) or isinstance(value, float)
         valid = valid and math.isfinite(value)
     else:
-        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        valid = is_whole_number(value) and 0 <= value <= MAX_SIZE
         valid = valid and (value > 0 or name not in required)
+        most = f", at most {MAX_SIZE}"
     if not valid:
         raise ArchitectureError(
             f"config.json {key}",
-            value=repr(value),
-            rule=f"must be a {'positive ' if name in required else ''}{kind.split(' ')[0]}",
+            value=shown(value),
+            rule=f"must be a {'positive ' if name in required else ''}{kind.split(' ')[0]}{most}",
             remedy="restore the config.json that belongs to this checkpoint",
         )
     return value
 
 
 def _types(names: Any, key: str) -> tuple[LayerType, ...]:
-    try:
-        return tuple(_TYPE_OF_NAME[name] for name in names)
-    except (KeyError, TypeError) as error:
+    known = "layer types are " + ", ".join(sorted(_TYPE_OF_NAME))
+    is_listed = isinstance(names, str | list | tuple)
+    if not is_listed or not len(names) <= MAX_LAYERS:
         raise ArchitectureError(
             f"config.json {key}",
-            value=repr(error.args[0]) if error.args else repr(names),
-            rule="layer types are " + ", ".join(sorted(_TYPE_OF_NAME)),
+            value=f"{len(names):,} layers" if is_listed else shown(names),
+            rule=f"must be a text or a list of at most {MAX_LAYERS} layers; {known}",
             remedy="restore the config.json that belongs to this checkpoint",
-        ) from None
+        )
+    unknown = [name for name in names if not isinstance(name, str) or name not in _TYPE_OF_NAME]
+    if unknown:
+        raise ArchitectureError(
+            f"config.json {key}",
+            value=shown(unknown[0]),
+            rule=known,
+            remedy="restore the config.json that belongs to this checkpoint",
+        )
+    return tuple(_TYPE_OF_NAME[name] for name in names)
 
 
 def _layer_types(config: Mapping[str, Any]) -> tuple[LayerType, ...]:
@@ -157,10 +175,10 @@ def _layer_types(config: Mapping[str, Any]) -> tuple[LayerType, ...]:
             remedy="remove the wrong one",
         )
     count = config.get("num_hidden_layers")
-    if count is not None and count != len(layers):
+    if count is not None and not (is_whole_number(count) and count == len(layers)):
         raise ArchitectureError(
             "config.json num_hidden_layers",
-            value=count,
+            value=shown(count),
             rule=f"{next(iter(found))} names {len(layers)} layers",
             remedy="restore the config.json that belongs to this checkpoint",
         )
@@ -172,6 +190,18 @@ def _mtp_layer_types(config: Mapping[str, Any]) -> tuple[LayerType, ...]:
         if config.get(key):
             return _types(config[key], key)
     return (LayerType.attention, LayerType.moe)
+
+
+def _refuse_many_tensors(layers: tuple[LayerType, ...], experts: int) -> None:
+    """Before anybody makes a list of them."""
+    count = 2 * experts * layers.count(LayerType.moe)
+    if count > MAX_TENSORS:
+        raise ArchitectureError(
+            "config.json n_routed_experts",
+            value=f"{experts:,} in each of {layers.count(LayerType.moe)} layers",
+            rule=f"that is {count:,} tensors, more than {MAX_TENSORS:,}",
+            remedy="restore the config.json that belongs to this checkpoint",
+        )
 
 
 def _check_unsupported(config: Mapping[str, Any], layers: tuple[LayerType, ...]) -> None:
@@ -191,7 +221,7 @@ def _check_unsupported(config: Mapping[str, Any], layers: tuple[LayerType, ...])
         if config.get(key) not in allowed:
             raise ArchitectureError(
                 f"config.json {key}",
-                value=repr(config[key]),
+                value=shown(config[key]),
                 rule=f"only {', '.join(repr(item) for item in allowed)} is supported",
                 remedy="this model cannot be calibrated with this version of Layersweep",
             )
@@ -199,7 +229,7 @@ def _check_unsupported(config: Mapping[str, Any], layers: tuple[LayerType, ...])
     if limit is not None and not _is_unlimited(limit):
         raise ArchitectureError(
             "config.json time_step_limit",
-            value=repr(limit),
+            value=shown(limit),
             rule="only (0, inf) is supported: servers and megatron-core do not clamp dt",
             remedy="this model cannot be calibrated with this version of Layersweep",
         )
@@ -209,6 +239,8 @@ def _is_unlimited(limit: Any) -> bool:
     if not isinstance(limit, (list, tuple)) or len(limit) != 2:
         return False
     low, high = limit
+    if isinstance(low, bool) or isinstance(high, list):
+        return False
     if isinstance(high, Mapping):  # transformers 5 writes {"__float__": "Infinity"}
         high = high.get("__float__")
-    return bool(low == 0) and str(high).lower() in {"inf", "infinity"}
+    return bool(low == 0) and shown(high).strip("'").lower() in {"inf", "infinity"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pipeline.architecture import Architecture, LayerType, TensorSpec
 from pipeline.blocks import expert_spec, experts_per_chunk
@@ -202,6 +202,12 @@ def _largest_fitting(
         remedy="use more ranks (parallel.ep, parallel.tp), a shorter calibration.seq_len, "
         "or leave calibration.micro_batch and hidden_store to the plan",
     )
+
+
+def smallest_plan(plans: Iterable[MemoryPlan | None]) -> MemoryPlan | None:
+    """Of several ranks' plans, that of the rank with the least memory, which all must follow."""
+    found = [plan for plan in plans if plan is not None]
+    return min(found, key=lambda plan: (not plan.hidden_on_host, plan.micro_batch), default=None)
 
 
 def activation_bytes(

@@ -25,6 +25,7 @@ from pipeline.plan_ranks import (
     written_bytes,
 )
 from pipeline.recipe import ModuleFormat
+from pipeline.snapshots import planned_bytes
 
 HOPPER_K = 64
 
@@ -64,6 +65,7 @@ class Plan:
     unmatched_patterns: list[str]
     notes: list[str]
     refusals: list[str]
+    snapshot_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping with sizes in GB, for scripts."""
@@ -104,8 +106,10 @@ def make_plan(
     layout_ok = not any(type(error).__name__ == "LayoutError" for error in refusals)
     tokens = (num_sequences, seq_len) if job.resolution.needs_forward else (0, 0)
     per_rank = plan_ranks(job, writes, compute_bytes) if layout_ok else []
-    planned = None
+    planned, snapshot = None, 0
+    wish = memory or MemoryWish()
     if per_rank:
+        snapshot = planned_bytes(job, tokens=tokens, compute_bytes=compute_bytes, wish=wish)
         try:
             planned = plan_memory(
                 job,
@@ -113,7 +117,7 @@ def make_plan(
                 compute_bytes=compute_bytes,
                 slots=round(max(rank.slot_gb for rank in per_rank) * GB),
                 read_ahead=read_ahead_bytes or round(per_rank[0].read_ahead_gb * GB),
-                wish=memory or MemoryWish(),
+                wish=wish,
             )
         except ConfigError as error:
             refusals.append(error)
@@ -134,6 +138,7 @@ def make_plan(
         unmatched_patterns=job.resolution.unmatched_patterns,
         notes=_notes(job),
         refusals=[str(error) for error in refusals],
+        snapshot_bytes=snapshot,
     )
 
 

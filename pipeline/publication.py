@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from pipeline.checkpoint.attempts import Attempts
 from pipeline.checkpoint.audit import AuditResult, audit
+from pipeline.checkpoint.durable import write_text
 from pipeline.checkpoint.journal import Journal, LayerRecord
 from pipeline.checkpoint.publish import final_records, finalize, publish
 from pipeline.checkpoint.rehearsal import check_counts, finish_rehearsal, mark_rehearsal
@@ -29,7 +31,9 @@ from pipeline.report.html import write_html
 from pipeline.report.records import RunReport
 from pipeline.report.run_json import write_run_json
 from pipeline.run_report import build_report
-from pipeline.sweep import EVALUATION, LOSS, OUTER, SCALARS
+from pipeline.runtime.guard import Guard
+from pipeline.runtime.life import Phase
+from pipeline.sweep import EVALUATION, LOSS, OUTER
 
 __all__ = ["METRICS", "REPORT_DIRECTORY", "publish_rehearsal", "publish_run"]
 
@@ -43,6 +47,8 @@ def publish_run(
     resolved_config: str,
     phases: dict[str, float],
     asked: EvaluationConfig,
+    attempts: Attempts,
+    guard: Guard,
 ) -> RunReport:
     """Names the files, writes the configs, audits, reports, and renames the directory.
 
@@ -52,12 +58,15 @@ def publish_run(
         resolved_config: Saved beside the checkpoint.
         phases: Seconds so far, by phase.
         asked: Gates, if any; missing one changes the directory's name and nothing else.
+        attempts: Told that this one has finished.
+        guard: Told where this rank is.
 
     Raises:
         AuditError: The directory breaks a rule; it keeps its working name.
         OutputError: Writing failed, or a unit is not committed.
     """
     clock = time.monotonic()
+    guard.life.enter(Phase.publish)
     job, work = prepared.job, prepared.work
     records = _read_journal(prepared, journal)
     files = _collect_files(prepared, records)
@@ -72,13 +81,15 @@ def publish_run(
         },
     )
     phases["publish"], clock = time.monotonic() - clock, time.monotonic()
-    result = _audit(prepared, named)
+    with guard.life.during(Phase.audit):
+        result = _audit(prepared, named)
     phases["audit"] = time.monotonic() - clock
     audited = {"passed": result.ok, **_describe(result)}
     report = _build_report(prepared, records, audited, phases, asked)
     rejected = report.is_rejected
     if rejected:
         report.output = str(work.rejected)
+    _finish(report, attempts, guard)
     _write_reports(work.files / REPORT_DIRECTORY, report, named)
     finalize(work, rejected=rejected)
     return report
@@ -91,6 +102,8 @@ def publish_rehearsal(
     resolved_config: str,
     phases: dict[str, float],
     asked: EvaluationConfig,
+    attempts: Attempts,
+    guard: Guard,
 ) -> RunReport:
     """Reports on a run that wrote no checkpoint, after its counts were compared with the plan.
 
@@ -100,12 +113,15 @@ def publish_rehearsal(
         resolved_config: Saved beside the report.
         phases: Seconds so far, by phase.
         asked: Gates, if any; missing one changes the directory's name and nothing else.
+        attempts: Told that this one has finished.
+        guard: Told where this rank is.
 
     Raises:
         AuditError: What would have been written is not what was planned.
         OutputError: Writing failed, a unit is not committed, or a tensor would be in two files.
     """
     clock = time.monotonic()
+    guard.life.enter(Phase.publish)
     work, plan = prepared.work, prepared.plan
     records = _read_journal(prepared, journal)
     named = final_records(_collect_files(prepared, records))
@@ -121,12 +137,20 @@ def publish_rehearsal(
     report = _build_report(prepared, records, counted, phases, asked)
     report.output = DISCARD
     report.warnings.insert(0, "a rehearsal: no checkpoint was written")
+    _finish(report, attempts, guard)
     mark_rehearsal(work)  # first: a report that was cut short may be replaced
-    (work.final / "config.yaml").write_text(resolved_config, encoding="utf-8")
+    write_text(work.final / "config.yaml", resolved_config)
     work.metrics.replace(work.final / METRICS)
     _write_reports(work.final, report, named)
     finish_rehearsal(work)
     return report
+
+
+def _finish(report: RunReport, attempts: Attempts, guard: Guard) -> None:
+    """The last that is written into the work directory, which is about to disappear."""
+    guard.quiet()
+    attempts.end("rejected" if report.is_rejected else "finished", "")
+    report.attempts = attempts.read()
 
 
 def _read_journal(prepared: Prepared, journal: Journal) -> dict[int | str, LayerRecord]:
@@ -145,7 +169,9 @@ def _collect_files(
     """The weight files in their published order; the file of the activations' scalars is new."""
     files = [file for record in records.values() for file in record.files]
     scalars = {
-        name: value for record in records.values() for name, value in _scalars(record).items()
+        name: value
+        for record in records.values()
+        for name, value in record.summary.get("scalars", {}).items()
     }
     if scalars:
         files.append(_write_scalars(prepared.work.files / "scalars.safetensors", scalars))
@@ -213,13 +239,6 @@ def _committed(journal: Journal, unit: int | str) -> LayerRecord:
     return record
 
 
-def _scalars(record: LayerRecord) -> dict[str, float]:
-    for part in record.parts:
-        if part.part == SCALARS:
-            return dict(part.statistics.get("scalars", {}))
-    return {}
-
-
 def _write_scalars(path: Path, scalars: dict[str, float]) -> FileRecord:
     tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
     return write_safetensors(path, tensors)
@@ -237,4 +256,4 @@ def _write_reports(directory: Path, report: RunReport, files: list[FileRecord]) 
     write_run_json(report, directory / "run.json")
     write_html(report, directory / "report.html")
     checksums = "".join(f"{file.sha256}  {file.name}\n" for file in files)
-    (directory / "SHA256SUMS").write_text(checksums, encoding="ascii")
+    write_text(directory / "SHA256SUMS", checksums)

@@ -33,7 +33,7 @@ from pipeline.report.records import (
     RunReport,
 )
 from pipeline.schedule import tap_of
-from pipeline.sweep import EVALUATION, LOSS, SCALARS
+from pipeline.sweep import EVALUATION, LOSS
 
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "safetensors")
 
@@ -74,7 +74,7 @@ def build_report(
     report.micro_batch = plan.memory.micro_batch if plan.memory and plan.needs_forward else None
     for schedule in job.schedules:
         record = records[schedule.layer]
-        summary = _summary(record)
+        summary = record.summary
         report.layers.append(_layer_report(job, schedule.layer, record, summary))
         if counts := summary.get("tokens_per_expert"):
             report.coverage.append(
@@ -86,18 +86,13 @@ def build_report(
                 KVAmax(layer=schedule.layer, k_amax=amax["k_cache"], v_amax=amax["v_cache"])
             )
     if loss := records.get(LOSS):
-        report.loss = _summary(loss)["loss"]
-        report.unigram_loss = _summary(loss)["unigram_loss"]
+        report.loss = loss.summary["loss"]
+        report.unigram_loss = loss.summary["unigram_loss"]
     if evaluation := records.get(EVALUATION):
-        report.evaluation = restore(_summary(evaluation)["report"])
+        report.evaluation = restore(evaluation.summary["report"])
     report.against_max = _against_max(job, records)
     report.warnings = _warnings(report, plan)
     return report
-
-
-def _summary(record: LayerRecord) -> Mapping[str, Any]:
-    """What rank 0 recorded when it committed the unit."""
-    return next(part.statistics for part in record.parts if part.part == SCALARS)
 
 
 def _layer_report(

@@ -1,8 +1,9 @@
 """The sweep: visit every layer once; read, choose and pack, forward, reduce, commit.
 
 In: a job, the source, a journal, and (for recipes that calibrate activations) slots and the
-hidden store. Out: shard files and committed layers; `pipeline.calibrate` publishes them. Committed
-layers of an earlier run are only passed through, so that the next ones get their inputs.
+hidden store. Out: shard files and committed layers; `pipeline.calibrate` publishes them. Of the
+committed layers of an earlier run, those behind its newest snapshot (`snapshots`) are only passed
+through, so that the next ones get their inputs; those before it are not visited.
 
 Reading runs ahead on a lane of its own (`filling`), packing beside the forward pass on another one,
 and files are written in the background (`outbox`): the layers' arithmetic is all that takes time.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pipeline.architecture import LayerType
@@ -24,7 +26,8 @@ from pipeline.checkpoint.passthrough import take_copy
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.staging import StagingRing
 from pipeline.checkpoint.writer import FileRecord, ShardWriter, Writable
-from pipeline.commits import SCALARS, Commits, ScalarSettings
+from pipeline.commits import READ, Commits, ScalarSettings
+from pipeline.errors import StoppedError
 from pipeline.evaluation.in_sweep import InSweep
 from pipeline.filling import SlotFiller
 from pipeline.job import Job
@@ -34,12 +37,15 @@ from pipeline.reading import Reading, make_feed, read_head, requests_of
 from pipeline.report.run_json import finite
 from pipeline.runtime.collectives import Ranks, broadcast_object, gather_objects
 from pipeline.runtime.lanes import Lane
+from pipeline.runtime.life import Life, Phase
 from pipeline.runtime.progress import Progress
+from pipeline.runtime.stop import Stop
 from pipeline.schedule import LayerSchedule, split_by_size
+from pipeline.snapshots import Snapshots
 from pipeline.visit import Visit
 from pipeline.weights import Buffers, LayerSlot, Loadable
 
-__all__ = ["EVALUATION", "LOSS", "OUTER", "SCALARS", "Sweep", "SweepSettings"]
+__all__ = ["EVALUATION", "LOSS", "OUTER", "Sweep", "SweepSettings"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +90,10 @@ class Sweep:
         progress: Speaks to the user.
         staging: Host memory that packed tensors pass through; None on a CPU.
         evaluation: Measures what the layers cost; None where nobody asked.
+        life: Told where this rank is.
+        stop: Asked after each layer whether to go on.
+        telling: Around what runs beside threads that are waited for: tells what is raised at once.
+        snapshots: Keeps the hidden states for a restart; None without a forward pass.
     """
 
     job: Job
@@ -98,13 +108,24 @@ class Sweep:
     progress: Progress
     staging: StagingRing | None = None
     evaluation: InSweep | None = None
+    life: Life = dataclasses.field(default_factory=Life)
+    stop: Stop = dataclasses.field(default_factory=Stop)
+    telling: Callable[[], AbstractContextManager[None]] = nullcontext
+    snapshots: Snapshots | None = None
 
     def __post_init__(self) -> None:
         """The lane of packing, and what is on its way to the journal."""
         self.lane = Lane(self.ranks.device)
         tokens = self.store.tokens if self.store is not None else 0
         self.commits = Commits(
-            self.job, self.journal, self.ranks, self.settings.scalars, self.progress, tokens
+            self.job,
+            self.journal,
+            self.ranks,
+            self.settings.scalars,
+            self.progress,
+            tokens,
+            self.life,
+            self.source.reads,
         )
 
     def run(self) -> None:
@@ -115,21 +136,18 @@ class Sweep:
                 that are not finite.
         """
         committed = self._committed(reread=True)
-        last = max((s.layer for s in self.job.schedules if s.layer not in committed), default=-1)
-        at_the_end = {LOSS} if self.evaluation is None else {LOSS, EVALUATION}
-        if at_the_end - committed and self.slots is not None:
-            last = len(self.job.schedules) - 1  # they need what leaves the last layer
-        visited = [
-            schedule
-            for schedule in self.job.schedules[: last + 1]
-            if self.slots is not None or schedule.layer not in committed
-        ]
+        visited = self._to_visit(committed)
+        self._expect_reads(committed, visited)
         recorded = self._recorded_scalars(committed) if self.evaluation is not None else {}
-        self.progress.layers = len(visited)
+        self.progress.layers = self.life.layers = len(visited)
+        self.life.todo = [s.layer for s in visited if s.layer not in committed]
         settings = self.settings
-        with ShardWriter(
-            self.files, threads=settings.write_threads, discard=settings.discard
-        ) as writer:
+        with (
+            self.snapshots or nullcontext(),
+            ShardWriter(
+                self.files, threads=settings.write_threads, discard=settings.discard
+            ) as writer,
+        ):
             if OUTER not in committed:
                 self.commits.add_outer(OUTER, self._write_outer(writer))
             slots: Mapping[LayerType, Loadable] = self.slots or self._buffers()
@@ -138,7 +156,8 @@ class Sweep:
                 for schedule in visited
             ]
             feed = make_feed(self.source, requests, self.ranks.device, settings.reading)
-            with SlotFiller(visited, requests, slots, feed, self.ranks.device) as filler:
+            filling = SlotFiller(visited, requests, slots, feed, self.ranks.device)
+            with filling as filler, self.telling():
                 for schedule in visited:
                     visit = Visit(
                         schedule,
@@ -146,6 +165,7 @@ class Sweep:
                         self.packer,
                         self.commits,
                         self.lane,
+                        self.life,
                         filler=filler,
                         writer=writer,
                         staging=self.staging,
@@ -157,6 +177,7 @@ class Sweep:
                         recorded_scalars=recorded.get(schedule.layer, {}),
                     )
                     visit.run(redo=schedule.layer not in committed)
+                    self._after_layer(schedule, is_last=schedule is visited[-1])
                 self.commits.drain()
 
     def measure(self, loss_sequences: int) -> None:
@@ -166,6 +187,7 @@ class Sweep:
             loss_sequences: Calibration sequences on which the loss is measured.
         """
         assert self.store is not None
+        self.life.enter(Phase.evaluate)
         committed = self._committed()
         if LOSS in committed and (self.evaluation is None or EVALUATION in committed):
             return
@@ -189,12 +211,57 @@ class Sweep:
             self.commits.write_part(EVALUATION, [], {})
             self.commits.commit(EVALUATION, {"key": self.evaluation.key, "report": report})
 
+    def _to_visit(self, committed: set[int | str]) -> Sequence[LayerSchedule]:
+        """The layers whose turn comes; what a snapshot holds need not be computed; a collective."""
+        schedules = self.job.schedules
+        left = [schedule for schedule in schedules if schedule.layer not in committed]
+        if self.slots is None:
+            return left
+        at_the_end = {LOSS} if self.evaluation is None else {LOSS, EVALUATION}
+        if at_the_end - committed:
+            left = [schedules[-1]]  # they need what leaves the last layer
+        if not left:
+            return []
+        first = 0
+        if self.snapshots is not None:
+            with self.life.during(Phase.read):
+                first = self.snapshots.restore(committed) + 1
+        return schedules[first : left[-1].layer + 1]
+
+    def _after_layer(self, schedule: LayerSchedule, *, is_last: bool) -> None:
+        """Takes a snapshot if it is time; whether to go on; a collective."""
+        with self.life.during(Phase.wait, schedule.layer):
+            stopping = self.stop.agreed(schedule.layer)
+        if is_last:  # little is left to do
+            return
+        if stopping:
+            self.commits.drain()
+        if self.snapshots is not None:
+            with self.life.during(Phase.commit, schedule.layer):
+                self.snapshots.after_layer(
+                    schedule.layer, now=stopping, committed=self.commits.through
+                )
+        if stopping:
+            raise StoppedError(schedule.layer, self.stop.reason.value)
+
     def _is_ours(self, evaluation: LayerRecord) -> bool:
         """Whether an earlier run measured on the same text."""
         if self.evaluation is None:
             return True
-        told = next(part.statistics for part in evaluation.parts if part.part == SCALARS)
-        return bool(told["key"] == self.evaluation.key)
+        return bool(evaluation.summary["key"] == self.evaluation.key)
+
+    def _expect_reads(self, committed: set[int | str], visited: Sequence[LayerSchedule]) -> None:
+        """Tells all ranks what committed units were packed from, where they are read again."""
+        units = [OUTER, *(schedule.layer for schedule in visited)]
+        expected: dict[str, str] = {}
+        for unit in units if self.ranks.rank == 0 else ():
+            record = self.journal.committed(unit) if unit in committed else None
+            for part in record.parts if record is not None else ():
+                read = part.statistics.get(READ)
+                expected |= read if isinstance(read, dict) else {}
+        expected = broadcast_object(expected, self.ranks.world)
+        if self.source.reads is not None:
+            self.source.reads.expect(expected)
 
     def _recorded_scalars(self, committed: set[int | str]) -> dict[int, dict[str, float]]:
         """The activation scalars of the layers that an earlier run committed, on every rank."""
@@ -203,8 +270,7 @@ class Sweep:
             for schedule in self.job.schedules:
                 record = self.journal.committed(schedule.layer)
                 if schedule.layer in committed and record is not None:
-                    told = next(part.statistics for part in record.parts if part.part == SCALARS)
-                    found[schedule.layer] = dict(told.get("scalars", {}))
+                    found[schedule.layer] = dict(record.summary.get("scalars", {}))
         told_all: dict[int, dict[str, float]] = broadcast_object(found, self.ranks.world)
         return told_all
 
@@ -233,13 +299,16 @@ class Sweep:
                     self.journal.discard(unit)
                 else:
                     found.append(unit)
-        found = broadcast_object(found, self.ranks.world)
+        with self.life.during(Phase.wait):
+            found = broadcast_object(found, self.ranks.world)
         if not reread:
             return set(found)
         mine = found[self.ranks.rank :: self.ranks.size]
         damaged = [u for u in mine if self.journal.committed(u, checksums=True) is None]
-        everyone = gather_objects(damaged, self.ranks.world)
-        lost = set(broadcast_object([u for units in everyone for u in units], self.ranks.world))
+        with self.life.during(Phase.wait):
+            everyone = gather_objects(damaged, self.ranks.world)
+            damaged = [unit for units in everyone for unit in units]
+            lost = set(broadcast_object(damaged, self.ranks.world))
         if self.ranks.rank == 0:
             for unit in lost:
                 logger.warning("%s: damaged since it was committed; it is done again", unit)

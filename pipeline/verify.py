@@ -45,6 +45,10 @@ def verify(config: VerifyConfig) -> int:
     source = None if config.source is None else open_source(config.source)
     checksums = read_checksums(directory / CHECKSUMS)
     result = audit(directory, source=source, checksums=checksums, hopper=config.hopper)
+    if checksums is None:
+        result.notes.append(f"checksums: not checked (no {CHECKSUMS.name})")
+    if source is None:
+        result.notes.append("weights: not compared with their source (no source=)")
     seconds = time.monotonic() - start
     if config.output is PlanOutput.json:
         values = dataclasses.asdict(result)
@@ -87,7 +91,8 @@ def _print(result: AuditResult, seconds: float, console: Console) -> None:
     worst = sorted(figures.relative_errors.items(), key=lambda item: -item[1])[:MOST_SHOWN]
     for module, error in worst:
         console.print(Text(f"error    {error:8.4%}  {module}"))
-    verdict = "passed" if result.ok else f"FAILED: {len(result.problems)} problems"
+    count = len(result.problems)
+    verdict = "passed" if result.ok else f"FAILED: {count} problem{'s' * (count != 1)}"
     console.print(
         Text(
             f"audit {verdict}: {figures.tensors:,} tensors, {format_bytes(figures.tensor_bytes)}, "

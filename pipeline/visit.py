@@ -26,6 +26,7 @@ from pipeline.outbox import Outbox
 from pipeline.packing import LayerPacker, LayerPacking, PackedBlock
 from pipeline.runtime.collectives import Ranks
 from pipeline.runtime.lanes import Lane, Mark
+from pipeline.runtime.life import Life, Phase
 from pipeline.schedule import LayerSchedule
 from pipeline.weights import Buffers, LayerSlot, LayerWeights, SlotWeights
 
@@ -40,6 +41,7 @@ class Visit:
         packer: Chooses and packs.
         commits: The ledger.
         lane: Where packing is enqueued.
+        life: Told where this rank is.
         filler: Brings the weights.
         writer: Writes the file.
         staging: Host memory for packed tensors; None on a CPU.
@@ -56,6 +58,7 @@ class Visit:
     packer: LayerPacker
     commits: Commits
     lane: Lane
+    life: Life
     filler: SlotFiller
     writer: ShardWriter
     staging: StagingRing | None
@@ -74,13 +77,16 @@ class Visit:
             redo: Whether the layer is packed and observed; else it is only passed through.
         """
         begun = Mark(self.ranks.device)
+        self.life.enter(Phase.read, self.schedule.layer)
         read_wait_s, bytes_read = self.filler.take()
+        self.life.enter(Phase.forward, self.schedule.layer)
         run = LayerRun(self.schedule, redo, begun, Mark(self.ranks.device), begun)
         run.read_wait_s, run.bytes_read = read_wait_s, bytes_read
         steps = self._start_packing(run) if redo else iter(())
         settle_at = 0 if self.store is None else min(1, len(self.store.batches) - 1)
 
         def between(index: int) -> None:
+            self.life.advance()
             # By now the device has work for a while: time to look at the layers before.
             if index == settle_at:
                 self.commits.settle()
@@ -100,7 +106,8 @@ class Visit:
         self.commits.add(run)
         used = [run.ended, packed]
         if self.slot is not None and self.evaluation is not None:
-            used.append(self._evaluate(run, self.slot, self.evaluation, packed))
+            with self.life.during(Phase.evaluate, self.schedule.layer):
+                used.append(self._evaluate(run, self.slot, self.evaluation, packed))
         self.filler.release(self.schedule.layer_type, used)
 
     def _evaluate(self, run: LayerRun, slot: LayerSlot, evaluation: InSweep, packed: Mark) -> Mark:

@@ -11,7 +11,7 @@ it has one) and cut into sequences without padding. Tokenizing stops as soon as 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ __all__ = ["DataSource", "check_token_ids", "load_and_hold_out", "load_sequences
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_PER_BATCH = 16
-# Longer documents are tokenized in pieces of this many characters, so that one book-sized file
-# does not have to be tokenized whole for a few sequences.
+PIECES_PER_BATCH = 16
+# Longer documents are tokenized in pieces of this many characters.
 PIECE_CHARACTERS = 1_000_000
 
 
@@ -217,15 +216,33 @@ def _tokenize(
 ) -> Iterator[list[int]]:
     """Yield token ids, each document's closed by the end-of-text token if there is one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for batch in batched(documents, DOCUMENTS_PER_BATCH):
-        pieces, is_last = [], []
-        for document in batch:
-            cut = _cut(_render(source, document, tokenizer))
-            pieces += cut
-            is_last += [False] * (len(cut) - 1) + [True]
-        encoded = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids, last in zip(encoded, is_last, strict=True):
-            yield ids + end if last else ids
+    pieces = (
+        (piece, is_last)
+        for document in documents
+        for piece, is_last in _cut(_render(source, document, tokenizer))
+    )
+    for batch in batched(pieces, PIECES_PER_BATCH):
+        for ids, (_, is_last) in zip(_encode(source, batch, tokenizer), batch, strict=True):
+            yield ids + end if is_last else ids
+
+
+def _encode(
+    source: DataSource, pieces: Sequence[tuple[str, bool]], tokenizer: Any
+) -> list[list[int]]:
+    """Return the token ids of each piece."""
+    try:
+        texts = [text for text, _ in pieces]
+        found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return list(found)
+    # Text that is not UTF-8 (half of a surrogate pair) is a TypeError of the Rust library, and a
+    # tokenizer that contradicts itself whatever it likes.
+    except Exception as error:
+        raise DataError(
+            f"tokenizing calibration data {source.path}",
+            value=describe(error),
+            rule="the tokenizer of the checkpoint must take the text",
+            remedy="mend the text, or the tokenizer.json of the checkpoint",
+        ) from error
 
 
 def _render(source: DataSource, document: Document, tokenizer: Any) -> str:
@@ -240,11 +257,10 @@ def _render(source: DataSource, document: Document, tokenizer: Any) -> str:
             remedy="give the conversations as plain text in a text column, or put the model's "
             "chat_template.jinja beside its tokenizer",
         )
-    from jinja2 import TemplateError  # what templates raise, raise_exception() included
-
     try:
         return str(tokenizer.apply_chat_template(document, tokenize=False))
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    # A template is a program of the checkpoint's (run in jinja's sandbox): it may raise anything.
+    except Exception as error:
         roles = ", ".join(str(message.get("role")) for message in document)
         raise DataError(
             f"a conversation of calibration data {source.path} with the roles {roles}",
@@ -254,11 +270,14 @@ def _render(source: DataSource, document: Document, tokenizer: Any) -> str:
         ) from error
 
 
-def _cut(text: str) -> list[str]:
-    """Cut a very long text into pieces, at line ends where there are any."""
-    pieces, begin = [], 0
+def _cut(text: str) -> Iterator[tuple[str, bool]]:
+    """Cut a very long text at line ends where there are any; yield pieces, and which is the last.
+
+    One by one: a book-sized file is not tokenized whole for a few sequences.
+    """
+    begin = 0
     while len(text) - begin > PIECE_CHARACTERS:
         end = text.rfind("\n", begin, begin + PIECE_CHARACTERS) + 1 or begin + PIECE_CHARACTERS
-        pieces.append(text[begin:end])
+        yield text[begin:end], False
         begin = end
-    return [*pieces, text[begin:]]
+    yield text[begin:], True

@@ -8,7 +8,6 @@ shuffled), hub datasets are streamed (so that only what is used is downloaded).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibration.json_text import find_broken_line, refuse_hostile_json
 from pipeline.errors import ConfigError, DataError
 
 # A text, or the messages of one conversation ({"role": ..., "content": ...}).
@@ -186,13 +186,25 @@ def _read_files(source: DataSource, path: Path, seed: Sequence[int]) -> Iterator
     for row in order:
         which = int(np.searchsorted(starts, row, side="right")) - 1
         table, column = tables[which]
-        yield _check_row(source, column, table[int(row - starts[which])][column])
+        try:
+            value = table[int(row - starts[which])][column]
+        except (ValueError, OSError, OverflowError) as error:  # Arrow's are ValueErrors
+            raise DataError(
+                f"row {row} of calibration data {source.path}",
+                value=describe(error),
+                rule="every row must be readable",
+                remedy="mend the file",
+            ) from error
+        yield _check_row(source, column, value)
 
 
 def _load_table(source: DataSource, builder: str, files: list[Path]) -> Any:
     """Load files of one kind as one `datasets.Dataset` (memory-mapped)."""
     import datasets
 
+    if builder == "json":
+        for file in files:
+            refuse_hostile_json(file)
     options = {"sample_by": "document"} if builder == "text" else {}
     try:
         with _quiet_progress():
@@ -202,10 +214,20 @@ def _load_table(source: DataSource, builder: str, files: list[Path]) -> Any:
                 split=source.split,
                 **options,
             )
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        ValueError,
+        OSError,
+        StopIteration,
+        OverflowError,
+        RecursionError,
+        TypeError,  # columns of several types, seen after the first block
+        AttributeError,
+        KeyError,
+    ) as error:
         if builder == "json":
             for file in files:
-                _check_json(file)
+                find_broken_line(file)
         cause = error.__cause__ or error
         raise DataError(
             f"calibration data {source.path} ({len(files)} {builder} file(s), {files[0].name}"
@@ -215,39 +237,6 @@ def _load_table(source: DataSource, builder: str, files: list[Path]) -> Any:
             "columns, and their only split is train (slices: train[:1000])",
             remedy="mend the file, or give files of different columns as sources of their own",
         ) from error
-
-
-def _check_json(file: Path) -> None:
-    """Name the first line of a .jsonl file, or the place in a .json file, that is not JSON."""
-
-    def refuse(line: int, why: str) -> DataError:
-        return DataError(
-            f"calibration data {file}, line {line}",
-            value=why,
-            rule="a .jsonl file holds one JSON object per line, a .json file objects or a list",
-            remedy="mend or remove that line",
-        )
-
-    if file.suffix.lower() == ".json":
-        try:
-            json.loads(file.read_bytes())
-            return
-        except json.JSONDecodeError as error:
-            if "Extra data" not in error.msg:
-                raise refuse(error.lineno, error.msg) from None
-        except UnicodeDecodeError as error:
-            raise refuse(1, str(error)) from None
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSON or UTF-8
-                why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise refuse(number, why) from None
-            if not isinstance(row, dict):
-                raise refuse(number, f"a JSON {type(row).__name__}")
 
 
 def _read_hub(source: DataSource, seed: Sequence[int]) -> Iterator[Document]:

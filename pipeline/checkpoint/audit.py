@@ -89,7 +89,8 @@ class AuditResult:
         if len(problems) > _SHOWN:
             shown.append(f"... and {len(problems) - _SHOWN} more")
         self.problems += [f"{name}: {problem}" for problem in shown]
-        found = f"{len(problems)} problems: {problems[0]}" if problems else detail
+        plural = "s" * (len(problems) != 1)
+        found = f"{len(problems)} problem{plural}: {problems[0]}" if problems else detail
         self.checks.append(Check(name, not problems, found))
         return not problems
 
@@ -97,7 +98,7 @@ class AuditResult:
         """Raises AuditError with every problem, if there is one."""
         if self.problems:
             raise AuditError(
-                f"{self.directory}: {len(self.problems)} problems",
+                f"{self.directory}: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}",
                 value="\n  - ".join(["", *self.problems]),
                 rule="a published checkpoint must load, and be what it says",
                 remedy="do not serve this directory; export it again",

@@ -7,7 +7,6 @@ foreign ones, corrupt headers, tensors that are there twice, an index that disag
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from pipeline.checkpoint.durable import files_sha256
 from pipeline.checkpoint.safetensors_file import TensorInfo, read_header
 from pipeline.checkpoint.source import INDEX_NAME
+from pipeline.checkpoint.strict_json import read_json_file
 from pipeline.errors import AuditError
 
 _FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".tmp")
@@ -72,7 +72,7 @@ def read_files(directory: Path) -> tuple[FileTable, list[str], list[str]]:
 def read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
     """A JSON object, or an empty one and what is wrong."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path, allow_nan=True)
     except OSError as problem:
         return {}, [f"{path.name}: {problem.strerror}"]
     except ValueError as problem:

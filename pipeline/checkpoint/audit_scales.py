@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.checkpoint.audit_config import Declared
 from pipeline.checkpoint.ignore_rules import fused_groups
 from pipeline.checkpoint.quantization_config import NVFP4_ALGORITHMS
+from pipeline.checkpoint.regular_files import open_regular
 from pipeline.checkpoint.safetensors_file import TensorInfo
 from pipeline.nvfp4.formats import BLOCK_SIZE
 
@@ -37,7 +38,7 @@ class MappedTensors:
         self.tensors = tensors
         self._maps: dict[Path, mmap.mmap] = {}
         for path in {info.path for info in tensors.values()}:
-            with open(path, "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -1,13 +1,8 @@
 """The audit against the source: copied tensors byte for byte, quantized ones by their error.
 
 In: the finished directory's tensors and the opened source. Out: problems, and the relative error
-`||dequantized - source|| / ||source||` (Frobenius) of every quantized tensor, from the files.
-
-Bounds. A correct NVFP4 tensor cannot err by much more than 0.2: the worst value lies halfway
-between two codes, 1/5 of itself at 5 (codes 4 and 6) and at 2.5, and below the least code errors
-are absolute and small; a block of 5s beside one 6 measures 0.191 under `max`. A correct FP8 value
-errs by at most 1/16 of itself. Wrong nibble order, rows or scales give about 1 and more. Gaussian
-weights measure 0.0952 (`max`), 0.0870 (`four_over_six`), 0.0813 (`mse`) and 0.0264 (FP8).
+`||dequantized - source|| / ||source||` (Frobenius) of every quantized tensor, from the files. What
+is too much says `weight_errors`.
 """
 
 from __future__ import annotations
@@ -27,9 +22,8 @@ from pipeline.checkpoint.audit_tensors import Expected
 from pipeline.checkpoint.quantization_config import NVFP4_ALGORITHMS
 from pipeline.checkpoint.source import Source, read_json
 from pipeline.checkpoint.source_check import is_mtp
+from pipeline.checkpoint.weight_errors import WeightErrors, compare_weights, read_errors
 from pipeline.nvfp4.reference import PackedWeight, dequantize_nvfp4
-
-ERROR_BOUNDS: Mapping[str, float] = {"NVFP4": 0.25, "W4A16_NVFP4": 0.25, "FP8": 0.07}
 
 
 def check_passthrough(
@@ -73,17 +67,16 @@ def measure_errors(
         if f"{module}.weight" in source.tensors and f"{module}.weight" in mapped.tensors
     ]
     with ThreadPoolExecutor(workers) as pool:
-        values = pool.map(
-            lambda module: _relative_error(mapped, declared.algorithms[module], source, module),
-            modules,
+        found = pool.map(
+            lambda module: _compare(mapped, declared.algorithms[module], source, module), modules
         )
-        errors = dict(zip(modules, values, strict=True))
-    problems = []
-    for module, error in errors.items():
-        bound = ERROR_BOUNDS[declared.algorithms[module]]
-        if not error <= bound:  # NaN is a problem too
-            problems.append(f"{module}: relative error {error:.4g} is above {bound}")
-    return errors, problems
+        errors = dict(zip(modules, found, strict=True))
+    problems = [
+        f"{module}.weight {fault}"
+        for module, error in errors.items()
+        if (fault := error.fault(declared.algorithms[module]))
+    ]
+    return {module: error.relative for module, error in errors.items()}, problems
 
 
 def _difference(mapped: MappedTensors, source: Source, name: str) -> str:
@@ -106,25 +99,22 @@ def _difference(mapped: MappedTensors, source: Source, name: str) -> str:
     return ""
 
 
-def _relative_error(mapped: MappedTensors, algorithm: str, source: Source, module: str) -> float:
-    """Row pieces of at most 4 Mi elements keep the fp64 sums within 100 MB."""
+def _compare(mapped: MappedTensors, algorithm: str, source: Source, module: str) -> WeightErrors:
+    """Row pieces of at most 4 Mi elements keep what is computed in fp64 within 200 MB."""
     weight = source.read(f"{module}.weight")
     if weight.dtype is not torch.bfloat16:
         weight = weight.to(torch.bfloat16)  # what `cast` does before anything else
-    squared_error = squared_weight = 0.0
-    step = max(1, (4 << 20) // weight.shape[1])
+    name = f"{module}.weight_scale" + "_2" * (algorithm in NVFP4_ALGORITHMS)
+    total, step = WeightErrors(), max(1, (4 << 20) // weight.shape[1])
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         try:
             stored = _dequantize(mapped, algorithm, module, rows)
-            difference = stored.double() - weight[rows].double()
+            found = compare_weights(stored, weight[rows], algorithm, mapped.scalar(name))
         except (KeyError, RuntimeError, ValueError):
-            return math.nan  # a scale is missing or misshapen, which other checks name
-        squared_error += float(difference.square().sum())
-        squared_weight += float(weight[rows].double().square().sum())
-    if squared_weight == 0.0:
-        return 0.0 if squared_error == 0.0 else math.inf
-    return math.sqrt(squared_error / squared_weight)
+            return WeightErrors(math.nan, 1.0)  # a scale is missing, which other checks name
+        total += read_errors(found.tolist(), weight.shape[1]).moved(first)
+    return total
 
 
 def _dequantize(mapped: MappedTensors, algorithm: str, module: str, rows: slice) -> torch.Tensor:

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import OutputError
+from pipeline.checkpoint.regular_files import open_regular
+from pipeline.errors import OutputError, SourceError
+
+_COPY_BYTES = 1 << 20
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -27,15 +30,41 @@ def write_bytes(path: Path, data: bytes) -> None:
         write_all(descriptor, data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: Path, value: object, *, allow_nan: bool = False) -> None:
     """Writes JSON as `write_bytes` does; refuses NaN and Inf (ValueError)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
     write_bytes(path, text.encode() + b"\n")
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a small file as `write_bytes` writes it, with the rights of a new file.
+
+    Raises:
+        SourceError: It cannot be read any more.
+        OutputError: The disk is full, or writing failed otherwise.
+    """
+    try:
+        file = os.fdopen(open_regular(source), "rb", buffering=0)
+    except OSError as problem:
+        raise SourceError(
+            str(source),
+            value=problem.strerror,
+            rule="every small file is copied along",
+            remedy="fetch it again, then start the same command again",
+        ) from problem
+    with file, replacing(path, "file") as descriptor:
+        while data := file.read(_COPY_BYTES):
+            write_all(descriptor, data)
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -90,8 +119,20 @@ def temporary_of(path: Path) -> Path:
 
 
 def create(path: Path) -> int:
-    """Opens an empty file for writing."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    """Makes an empty file and opens it for writing, with the rights that the umask leaves.
+
+    What lies there is removed first and never written through: it may be a link to another file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def open_to_append(path: Path) -> int:
+    """Opens a file, which may not exist, to write at its end; refuses a link (OSError)."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
 
 
 def rename(temporary: Path, path: Path) -> None:

@@ -6,10 +6,10 @@ the Hub's cache used first, and downloaded into only when this machine is online
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from pipeline.checkpoint.source_files import INDEX_NAME, read_weight_map
 from pipeline.errors import SourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -44,26 +44,31 @@ def is_complete(directory: Path) -> bool:
     """Whether a snapshot holds its config and every weight file that its index names."""
     if not (directory / "config.json").is_file():
         return False
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX_NAME
     if not index.is_file():
         return any(directory.glob("*.safetensors"))
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
+        files = set(read_weight_map(index).values())
+    except SourceError:
         return True  # opening it will say what is wrong with the index
     return all((directory / name).is_file() for name in files)
 
 
 def _from_hub(hub_id: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         cached = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
         if is_complete(cached):
             return cached
         state = f"an incomplete copy in {cached}"
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         state = "not in the Hub cache"
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, ignore_patterns=_NEVER_FETCHED))
@@ -74,7 +79,7 @@ def _from_hub(hub_id: str) -> Path:
             rule="a Hub id must be in the cache or downloadable; no such directory exists either",
             remedy=f"run `hf download {hub_id}` where there is a network, or give a directory",
         ) from problem
-    except (HfHubHTTPError, OSError) as problem:
+    except (HfHubHTTPError, HFValidationError, OSError) as problem:
         raise SourceError(
             f"checkpoint {hub_id}",
             value=f"{state}, and the download failed: {problem}",

@@ -15,17 +15,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.durable import files_sha256, reading_threads, write_json
+from pipeline.checkpoint.regular_files import read_regular
+from pipeline.checkpoint.strict_json import MAX_BYTES, parse_json, read_json_file
 from pipeline.checkpoint.writable import FileRecord
 from pipeline.errors import OutputError
 
 Unit = int | str
 
+SCALARS = "scalars"
+"""Name of the part that one rank adds when it commits a unit: what was chosen and measured."""
+
 _FINGERPRINT = "fingerprint.json"
+_PART = re.compile(r"[\w-]{1,100}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,12 @@ class LayerRecord:
     def files(self) -> tuple[FileRecord, ...]:
         """The files of all parts."""
         return tuple(file for part in self.parts for file in part.files)
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What was chosen and measured (the part `SCALARS`); empty where it is not."""
+        found = (part.statistics for part in self.parts if part.part == SCALARS)
+        return next(found, {})
 
 
 class Journal:
@@ -92,12 +105,12 @@ class Journal:
             write_json(path, wanted)
             return False
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json_file(path)
         except (OSError, ValueError) as problem:
             raise self._unreadable(path, str(problem)) from problem
         if not isinstance(found, dict):
             raise self._unreadable(path, f"a JSON {type(found).__name__}")
-        changed = _differences(found, wanted)
+        changed = differences(found, wanted)
         if changed:
             raise OutputError(
                 f"{self.directory}: an unfinished run with other settings",
@@ -168,9 +181,8 @@ class Journal:
             checksums: Whether to read every file again, instead of comparing sizes only.
         """
         try:
-            marker = json.loads(self._commit_path(unit).read_text(encoding="utf-8"))
-            digests = dict(marker["parts"])
-        except (OSError, ValueError, KeyError, TypeError):
+            digests = _read_marker(self._commit_path(unit))
+        except (OSError, ValueError):
             return None
         record = self._read(unit, digests)
         if record is None or self._fault(record, checksums=checksums):
@@ -198,13 +210,11 @@ class Journal:
         parts = []
         for name, digest in digests.items():
             try:
-                data = self._part_path(unit, name).read_bytes()
+                data = read_regular(self._part_path(unit, name), MAX_BYTES)
                 if hashlib.sha256(data).hexdigest() != digest:
                     return None
-                value = json.loads(data)
-                files = tuple(FileRecord.from_json(file) for file in value["files"])
-                parts.append(PartRecord(str(value["part"]), files, value["statistics"]))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                parts.append(_parse_part(data, name))
+            except (OSError, ValueError):
                 return None
         return LayerRecord(unit, tuple(parts))
 
@@ -240,23 +250,41 @@ class Journal:
         )
 
 
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every key that differs, as `key: was X, now Y`; nested objects key by key."""
+    changed = []
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key, "absent"), wanted.get(key, "absent")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key}: was {old!r}, now {new!r}")
+    return changed
+
+
+def _read_marker(path: Path) -> dict[str, str]:
+    """Digests of a unit's records by part; OSError or ValueError where it does not hold them."""
+    marker = read_json_file(path)
+    digests = marker.get("parts") if isinstance(marker, dict) else None
+    if not isinstance(digests, dict) or not all(map(_PART.fullmatch, digests)):
+        raise ValueError("no names of parts")
+    return {name: str(digest) for name, digest in digests.items()}
+
+
+def _parse_part(data: bytes, name: str) -> PartRecord:
+    """ValueError for what `write_part` did not write."""
+    value = parse_json(data)
+    if not isinstance(value, dict) or value.get("part") != name:
+        raise ValueError(f"not the record of {name}")
+    files, statistics = value.get("files"), value.get("statistics")
+    if not isinstance(files, list) or not isinstance(statistics, dict):
+        raise ValueError(f"{name}: no files, or no statistics")
+    return PartRecord(name, tuple(map(FileRecord.from_json, files)), statistics)
+
+
 def _key(unit: Unit) -> str:
     return f"layer-{unit:05d}" if isinstance(unit, int) else f"unit-{unit}"
 
 
 def _title(unit: Unit) -> str:
     return f"layer {unit}" if isinstance(unit, int) else unit
-
-
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """Every key that differs, as `key: was X, now Y`; nested objects key by key."""
-    changed = []
-    for key in sorted({*found, *wanted}):
-        old, new = found.get(key, "absent"), wanted.get(key, "absent")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changed.append(f"{prefix}{key}: was {old!r}, now {new!r}")
-    return changed

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.checkpoint.safetensors_file import TORCH_DTYPES
+from pipeline.checkpoint.read_record import ReadRecord, digest_piece, digest_pieces
+from pipeline.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo
 from pipeline.checkpoint.source import Source
 from pipeline.checkpoint.writable import StreamedTensor
 from pipeline.errors import NumericsError
@@ -25,11 +26,13 @@ class CheckedCopy:
         name: Its name in the source.
         tensor: Where its bytes come from.
         rank: Who copies it.
+        reads: Takes the digest of what was copied; None where nobody asks.
     """
 
     name: str
     tensor: StreamedTensor
     rank: int
+    reads: ReadRecord | None = None
 
     @property
     def dtype(self) -> str:
@@ -51,9 +54,9 @@ class CheckedCopy:
 
         Raises:
             NumericsError: It holds NaN or Inf; names the tensor and the rank.
-            SourceError: Its file ended early, or cannot be read.
+            SourceError: Its file ended early, cannot be read, or changed since it was read before.
         """
-        dtype = TORCH_DTYPES[self.dtype]
+        dtype, digests = TORCH_DTYPES[self.dtype], []
         is_checked = dtype.is_floating_point and dtype.itemsize >= 2
         for chunk in self.tensor.chunks():
             if is_checked and not _all_finite(chunk, dtype):
@@ -63,7 +66,12 @@ class CheckedCopy:
                     rule="every weight must be finite, copied ones too",
                     remedy="replace the source checkpoint; its weights are corrupt",
                 )
+            if self.reads is not None:
+                digests.append(digest_piece(memoryview(chunk)))
             yield chunk
+        if self.reads is not None:
+            assert isinstance(self.tensor, TensorInfo), "only files are recorded"
+            self.reads.add(self.tensor, None, digest_pieces(digests))
 
 
 def take_copy(source: Source, name: str, rank: int) -> CheckedCopy:
@@ -72,7 +80,7 @@ def take_copy(source: Source, name: str, rank: int) -> CheckedCopy:
     Raises:
         SourceError: It is not there.
     """
-    return CheckedCopy(name, source.copy_of(name), rank)
+    return CheckedCopy(name, source.copy_of(name), rank, source.reads)
 
 
 def _all_finite(chunk: bytes | memoryview, dtype: torch.dtype) -> bool:

@@ -8,7 +8,6 @@ new names are noted before the first file gets one, and a restart gives the old 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -16,8 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.durable import copy_file
+from pipeline.checkpoint.links import refuse_links
 from pipeline.checkpoint.safetensors_file import TORCH_DTYPES
-from pipeline.checkpoint.source import INDEX_NAME
+from pipeline.checkpoint.source_files import INDEX_NAME, is_weight_file
+from pipeline.checkpoint.strict_json import read_json_file, shown
 from pipeline.checkpoint.writer import FileRecord, sync_directory, write_bytes, write_json
 from pipeline.errors import OutputError
 
@@ -59,6 +61,26 @@ class WorkDirectory:
     def journal(self) -> Path:
         """The journal's directory."""
         return self.root / "journal"
+
+    @property
+    def state(self) -> Path:
+        """The ranks' signs of life, and the first failure."""
+        return self.root / "state"
+
+    @property
+    def attempts(self) -> Path:
+        """How each attempt began and ended."""
+        return self.root / "attempts.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """Whoever makes this file asks the run to stop."""
+        return self.root / "stop"
+
+    @property
+    def snapshots(self) -> Path:
+        """The hidden states between two layers, for a restart."""
+        return self.root / "snapshots"
 
     @property
     def metrics(self) -> Path:
@@ -104,6 +126,7 @@ def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
             rule="an earlier run made it, and it missed a gate: it would be in the way of another",
             remedy="look at its report, then remove or rename it, or choose another output",
         )
+    refuse_links(work.root, deep=False)
     if work.root.exists() and not work.root.is_dir():
         raise OutputError(
             f"work directory {work.root}",
@@ -134,8 +157,9 @@ def check_output(final: Path, source: Path | None = None) -> WorkDirectory:
 
 def prepare(work: WorkDirectory) -> None:
     """Makes the work directory, and takes back the names of an interrupted publication."""
+    refuse_links(work.final if work.is_rehearsal else work.root, deep=True)
     if work.is_rehearsal:
-        for leftover in (work.files, work.journal, work.metrics):
+        for leftover in (work.files, work.journal, work.metrics, work.state, work.attempts):
             _remove(leftover)
     work.files.mkdir(parents=True, exist_ok=True)
     work.journal.mkdir(parents=True, exist_ok=True)
@@ -143,8 +167,8 @@ def prepare(work: WorkDirectory) -> None:
     if not plan.exists():
         return
     try:
-        renames = dict(json.loads(plan.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as problem:
+        renames = _read_renames(plan)
+    except (OSError, ValueError) as problem:
         raise OutputError(
             str(plan),
             value=f"unreadable ({problem})",
@@ -199,7 +223,9 @@ def publish(
                 remedy="start the same command again; the layer will be done again",
             )
     for relative, path in small_files.items():
-        _write(work.files, relative, path.read_bytes())
+        target = work.files / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, target)
     for relative, data in (extra or {}).items():
         _write(work.files, relative, data)
     write_json(work.files / INDEX_NAME, make_index(named))
@@ -284,6 +310,20 @@ def refuse_overlap(final: Path, source: Path) -> None:
             rule="output and source must not lie in each other",
             remedy="choose another output",
         )
+
+
+def _read_renames(plan: Path) -> dict[str, str]:
+    """New by old names; OSError or ValueError where it does not hold them."""
+    renames = read_json_file(plan)
+    if not isinstance(renames, dict):
+        raise ValueError(f"a JSON {type(renames).__name__}")
+    for pair in renames.items():
+        for name in pair:
+            if not (isinstance(name, str) and is_weight_file(name)):
+                raise ValueError(f"{shown(name)} is no name of a weight file")
+    if len(set(renames.values())) != len(renames):
+        raise ValueError("a name is given twice")
+    return renames
 
 
 def _remove_all_but(directory: Path, names: set[str]) -> None:

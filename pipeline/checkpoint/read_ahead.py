@@ -25,8 +25,10 @@ from types import TracebackType
 import torch
 
 from pipeline.architecture import TensorSpec
+from pipeline.checkpoint.read_record import digest_piece, digest_pieces
+from pipeline.checkpoint.regular_files import OpenFiles
 from pipeline.checkpoint.ring import ALIGNMENT, Ring, aligned
-from pipeline.checkpoint.safetensors_file import OpenFiles, TensorInfo, from_bytes, unreadable
+from pipeline.checkpoint.safetensors_file import TensorInfo, from_bytes, unreadable
 from pipeline.checkpoint.slices import Cut, Piece, Scratch, cut_of, pieces_of, read_piece
 from pipeline.checkpoint.source import Source
 from pipeline.runtime.pinned import host_memory
@@ -54,6 +56,7 @@ class ReadItem:
         self.tensor = from_bytes(place, cut.info.dtype, cut.shape)
         self._cut, self._bytes, self._owner = cut, place.numpy(), owner
         self._pieces_left = 0
+        self._digests: list[bytes] = []
         self._error: BaseException | None = None
         self._is_released = False
         self._wait: Callable[[], None] | None = None
@@ -101,7 +104,8 @@ class ReadAhead:
         self._arena = host_memory(size, pinned=pinned)
         self._ring = Ring(size)
         self._files = OpenFiles(os.POSIX_FADV_RANDOM)
-        self._pieces: queue.SimpleQueue[tuple[ReadItem, Piece] | None] = queue.SimpleQueue()
+        self._reads = source.reads
+        self._pieces: queue.SimpleQueue[tuple[ReadItem, int, Piece] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._placed: deque[ReadItem] = deque()  # in the ring, oldest first; the planner's alone
         self._coming: deque[ReadItem] = deque()  # not yet taken by the consumer
@@ -142,7 +146,8 @@ class ReadAhead:
         `bytes_read` grows by each shard that is given out, `waited_s` by the time spent here.
 
         Raises:
-            SourceError: A shard could not be read; those before it were given out.
+            SourceError: A shard could not be read, or is not what it was when it was packed; those
+                before it were given out.
             ReadStoppedError: `close` was called.
         """
         assert self._next_layer < len(self._layers), "more layers taken than requested"
@@ -178,6 +183,8 @@ class ReadAhead:
             item = self._coming.popleft()
         if item._error is not None:
             raise item._error
+        if self._reads is not None:
+            self._reads.add(item._cut.info, item.shard, digest_pieces(item._digests))
         self.bytes_read += item._cut.nbytes
         return item
 
@@ -204,12 +211,13 @@ class ReadAhead:
                     item = ReadItem(request, cut, place, self)
                     pieces = list(pieces_of(cut))
                     item._pieces_left = len(pieces)
+                    item._digests = [b""] * len(pieces)
                     self._placed.append(item)
                     with self._changed:
                         self._coming.append(item)
                         self._changed.notify_all()
-                    for piece in pieces:
-                        self._pieces.put((item, piece))
+                    for number, piece in enumerate(pieces):
+                        self._pieces.put((item, number, piece))
         except BaseException as error:
             with self._changed:
                 self._planner_error = error
@@ -232,7 +240,7 @@ class ReadAhead:
         """A reader's thread."""
         scratch = Scratch()
         while (work := self._pieces.get()) is not None:
-            item, piece = work
+            item, number, piece = work
             if self._is_stopped:
                 continue
             error: BaseException | None = None
@@ -242,6 +250,8 @@ class ReadAhead:
                 except OSError as problem:
                     raise unreadable(item._cut.info, problem) from problem
                 read_piece(descriptor, item._cut, piece, item._bytes, scratch)
+                if self._reads is not None:
+                    item._digests[number] = digest_piece(item._cut.kept(piece, item._bytes))
             except BaseException as caught:
                 error = caught
             with self._changed:

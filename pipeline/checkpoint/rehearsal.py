@@ -18,6 +18,8 @@ from typing import Any
 from pipeline.architecture import Architecture, expected_tensors
 from pipeline.checkpoint import audit_config, audit_tensors
 from pipeline.checkpoint.audit import AuditResult
+from pipeline.checkpoint.durable import write_text
+from pipeline.checkpoint.links import refuse_links
 from pipeline.checkpoint.publish import WorkDirectory, make_index, refuse_overlap
 from pipeline.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo
 from pipeline.checkpoint.source_files import INDEX_NAME
@@ -44,7 +46,9 @@ def check_rehearsal(directory: Path, source: Path | None = None) -> WorkDirector
     Raises:
         OutputError: Something else is there, it is not writable, or it lies in the source.
     """
-    final = Path(os.path.realpath(directory.expanduser()))
+    named = Path(os.path.abspath(directory.expanduser()))
+    refuse_links(named, deep=False)
+    final = Path(os.path.realpath(named))
     if source is not None:
         refuse_overlap(final, source.resolve())
     for parent in final.parents:
@@ -126,7 +130,7 @@ def check_counts(
 
 def mark_rehearsal(work: WorkDirectory) -> None:
     """Marks the report's directory as a rehearsal's."""
-    (work.final / NOTE).write_text(NOTE_TEXT, encoding="ascii")
+    write_text(work.final / NOTE, NOTE_TEXT)
 
 
 def finish_rehearsal(work: WorkDirectory) -> None:

@@ -11,18 +11,17 @@ holes and without overlap.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from pipeline.checkpoint.regular_files import open_regular
+from pipeline.checkpoint.strict_json import MAX_BYTES, is_whole_number, parse_json, shown
 from pipeline.errors import LayersweepError, SourceError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -42,7 +41,10 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # The reference implementation refuses longer headers (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_BYTES
+# No tensor of a language model has more than 4.
+MAX_DIMS = 8
+MAX_NAME_CHARACTERS = 512
 
 CHUNK_BYTES = 16 << 20
 
@@ -82,39 +84,6 @@ class TensorInfo:
         return iterate_chunks(self)
 
 
-class OpenFiles:
-    """Descriptors by path, opened on first use; threads share them (`os.preadv` needs no lock).
-
-    Args:
-        advice: What the system is told of how they are read (`os.POSIX_FADV_*`).
-    """
-
-    def __init__(self, advice: int = os.POSIX_FADV_NORMAL) -> None:
-        self._advice = advice
-        self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
-
-    def descriptor(self, path: Path) -> int:
-        """An open descriptor of `path`."""
-        with self._lock:
-            if path not in self._descriptors:
-                descriptor = os.open(path, os.O_RDONLY)
-                with contextlib.suppress(OSError):  # not every file system takes advice
-                    os.posix_fadvise(descriptor, 0, 0, self._advice)
-                self._descriptors[path] = descriptor
-            return self._descriptors[path]
-
-    def close(self) -> None:
-        """Closes all of them; a later use opens them again."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def __del__(self) -> None:
-        self.close()
-
-
 def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[str, TensorInfo]:
     """Reads and checks the header of one file.
 
@@ -126,15 +95,22 @@ def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[
         LayersweepError: The file is unreadable, truncated, or its header contradicts itself.
     """
     try:
-        size = os.stat(path).st_size
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if size < 8 or length > size - 8:
                 raise error(
                     str(path),
                     value=f"{size} bytes with a header of {length} bytes",
                     rule="the header must fit into the file",
                     remedy="the file is truncated or not safetensors; fetch it again",
+                )
+            if length > MAX_HEADER_BYTES:
+                raise error(
+                    str(path),
+                    value=f"a header of {length:,} bytes",
+                    rule=f"a header has at most {MAX_HEADER_BYTES:,} bytes",
+                    remedy="split the tensors over more files",
                 )
             text = file.read(length)
     except OSError as problem:
@@ -145,12 +121,14 @@ def read_header(path: Path, error: type[LayersweepError] = SourceError) -> dict[
             remedy="fetch it again (a link of the Hub cache may lead nowhere), or mend its rights",
         ) from problem
     try:
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
-        entries.pop("__metadata__", None)
+        entries = parse_json(text)
+        if not isinstance(entries, dict):
+            raise ValueError(f"a JSON {type(entries).__name__}")
+        _check_metadata(entries.pop("__metadata__", None))
         infos = {
             name: _parse_entry(name, entry, path, 8 + length) for name, entry in entries.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except ValueError as problem:
         raise error(
             str(path),
             value=f"a header that does not parse ({problem})",
@@ -180,7 +158,7 @@ def iterate_chunks(info: TensorInfo) -> Iterator[memoryview]:
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, info.nbytes)))
     try:
-        descriptor = os.open(info.path, os.O_RDONLY)
+        descriptor = open_regular(info.path)
     except OSError as problem:
         raise unreadable(info, problem) from problem
     try:
@@ -237,24 +215,51 @@ def from_bytes(buffer: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torc
     return buffer.view(TORCH_DTYPES[dtype]).reshape(shape)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"{name!r} appears twice")
-            seen.add(name)
-    return entries
+def name_fault(name: str) -> str:
+    """What is wrong with the name of a tensor or a file; empty where nothing is.
+
+    Names go into messages, logs, indices and lists of checksums, which hold one a line.
+    """
+    if not name:
+        return "an empty name"
+    if len(name) > MAX_NAME_CHARACTERS:
+        return f"a name of {len(name):,} characters, more than {MAX_NAME_CHARACTERS}"
+    if not name.isprintable():
+        return f"the name {name!r} with a character that cannot be printed"
+    return f"the name {name!r} with a backslash" if "\\" in name else ""
 
 
-def _parse_entry(name: str, entry: Mapping[str, Any], path: Path, base: int) -> TensorInfo:
-    start, stop = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    numbers = (start, stop, *shape)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError(f"{name}: offsets {start}, {stop} and shape {shape}")
-    return TensorInfo(name, str(entry["dtype"]), shape, path, base + start, base + stop)
+def is_shape(value: Any) -> TypeGuard[list[int]]:
+    """Whether a JSON value can be the shape of a tensor."""
+    return isinstance(value, list) and len(value) <= MAX_DIMS and all(map(_is_size, value))
+
+
+def _check_metadata(metadata: object) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    ):
+        raise ValueError("__metadata__ is not texts by name")
+
+
+def _parse_entry(name: str, entry: object, path: Path, base: int) -> TensorInfo:
+    if fault := name_fault(name):
+        raise ValueError(fault)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: {shown(entry)} in the place of dtype, shape and data_offsets")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name}: dtype {shown(dtype)}")
+    if not is_shape(shape):
+        raise ValueError(f"{name}: shape {shown(shape)}")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
+        raise ValueError(f"{name}: data_offsets {shown(offsets)}")
+    if offsets[0] > offsets[1]:
+        raise ValueError(f"{name}: data_offsets {offsets}")
+    return TensorInfo(name, dtype, tuple(shape), path, base + offsets[0], base + offsets[1])
+
+
+def _is_size(value: Any) -> bool:
+    return is_whole_number(value) and 0 <= value < 1 << 63
 
 
 def _check_offsets(
@@ -285,7 +290,7 @@ def _check_offsets(
         if dtype is None:
             raise error(
                 f"{path}: {info.name}",
-                value=f"dtype {info.dtype}",
+                value=f"dtype {shown(info.dtype)[1:-1]}",
                 rule="known dtypes are " + ", ".join(TORCH_DTYPES),
                 remedy="use a checkpoint in BF16",
             )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.checkpoint.read_record import ReadRecord, digest_piece, digest_pieces
 from pipeline.checkpoint.safetensors_file import (
     CHUNK_BYTES,
     TORCH_DTYPES,
@@ -60,6 +61,11 @@ class Cut:
     def nbytes(self) -> int:
         """Size of the shard."""
         return self.rows * self.kept_row_bytes
+
+    def kept(self, piece: Piece, shard: Bytes) -> memoryview:
+        """What a piece is of a shard, once it was read."""
+        size = piece.rows * self.kept_row_bytes or piece.nbytes
+        return memoryview(shard[piece.position : piece.position + size])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,16 +164,29 @@ def read_piece(descriptor: int, cut: Cut, piece: Piece, shard: Bytes, scratch: S
         column += stop - start
 
 
-def read_shard(descriptor: int, info: TensorInfo, shard: Shard | None) -> torch.Tensor:
+def read_shard(
+    descriptor: int, info: TensorInfo, shard: Shard | None, reads: ReadRecord | None = None
+) -> torch.Tensor:
     """Reads a shard, or the whole tensor for None, in the calling thread.
 
+    Args:
+        descriptor: The open file.
+        info: The tensor.
+        shard: Which part of it.
+        reads: Takes the digest of what was read.
+
     Raises:
-        SourceError: The shard does not fit the tensor, or the file ended early.
+        SourceError: The shard does not fit the tensor, the file ended early, or its bytes are not
+            those that were read before.
     """
-    cut, scratch = cut_of(info, shard), Scratch()
+    cut, scratch, digests = cut_of(info, shard), Scratch(), []
     flat = torch.empty(cut.nbytes, dtype=torch.uint8)
     for piece in pieces_of(cut):
         read_piece(descriptor, cut, piece, flat.numpy(), scratch)
+        if reads is not None:
+            digests.append(digest_piece(cut.kept(piece, flat.numpy())))
+    if reads is not None:
+        reads.add(info, shard, digest_pieces(digests))
     return from_bytes(flat, info.dtype, cut.shape)
 
 

@@ -18,15 +18,13 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.checkpoint.hub import locate
-from pipeline.checkpoint.safetensors_file import OpenFiles, TensorInfo
+from pipeline.checkpoint.read_record import ReadRecord
+from pipeline.checkpoint.regular_files import OpenFiles, open_regular, read_regular
+from pipeline.checkpoint.safetensors_file import TensorInfo, unreadable
 from pipeline.checkpoint.slices import read_shard
-from pipeline.checkpoint.source_files import (
-    INDEX_NAME,
-    find_small_files,
-    first_five,
-    read_json,
-    read_tensors,
-)
+from pipeline.checkpoint.small_files import find_small_files
+from pipeline.checkpoint.source_files import INDEX_NAME, first_five, read_json, read_tensors
+from pipeline.checkpoint.strict_json import MAX_BYTES
 from pipeline.checkpoint.writable import StreamedTensor
 from pipeline.errors import SourceError
 from pipeline.sharding import Shard
@@ -82,6 +80,10 @@ class Source(Protocol):
     def small_files(self) -> Mapping[str, Path]:
         """Relative to absolute path of everything else that a checkpoint carries along."""
 
+    @property
+    def reads(self) -> ReadRecord | None:
+        """Takes digests of what is read; None where nobody asks."""
+
     def info(self, name: str) -> TensorHeader:
         """Dtype and shape of one tensor."""
 
@@ -112,6 +114,7 @@ class FileSource:
         tensors: Every tensor by name, in the order of the files.
         small_files: Relative path to absolute path of everything else that a published checkpoint
             carries along (tokenizer, generation config, remote code).
+        reads: Takes digests of what is read; None where nobody asks.
     """
 
     directory: Path
@@ -119,6 +122,7 @@ class FileSource:
     tensors: dict[str, TensorInfo]
     small_files: dict[str, Path]
     _files: OpenFiles
+    reads: ReadRecord | None = None
 
     @property
     def location(self) -> str:
@@ -132,7 +136,15 @@ class FileSource:
             SourceError: No such tensor, a shard that does not fit it, or the file ended early.
         """
         info = self.info(name)
-        return read_shard(self._files.descriptor(info.path), info, shard)
+        try:
+            descriptor = self._files.descriptor(info.path)
+        except OSError as problem:
+            raise unreadable(info, problem) from problem
+        return read_shard(descriptor, info, shard, self.reads)
+
+    def recorded(self) -> FileSource:
+        """The same source, with digests of everything that is read from now on."""
+        return dataclasses.replace(self, reads=ReadRecord())
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
@@ -163,12 +175,12 @@ class FileSource:
         That is its name, size, time of change, first and last 64 KiB. A source that was copied
         elsewhere in between is another one.
         """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        digest = hashlib.sha256(read_regular(self.directory / "config.json", MAX_BYTES))
         for path in sorted({info.path for info in self.tensors.values()}):
             status = path.stat()
             size = status.st_size
             digest.update(f"{path.name} {size} {status.st_mtime_ns}".encode())
-            with path.open("rb") as file:
+            with open(open_regular(path), "rb") as file:
                 digest.update(file.read(65536))
                 file.seek(max(0, size - 65536), os.SEEK_SET)
                 digest.update(file.read(65536))

@@ -1,50 +1,41 @@
-"""The files of a checkpoint directory: weights, index, and what goes along with them.
+"""The files of a checkpoint directory: weights, index, config.json.
 
-In: a directory. Out: the place of every tensor, checked against the index; the small files; parsed
-JSON. Only headers are read.
+In: a directory. Out: the place of every tensor, checked against the index; parsed JSON. Of weights,
+only headers are read.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.safetensors_file import TensorInfo, read_header
+from pipeline.checkpoint.safetensors_file import TensorInfo, name_fault, read_header
+from pipeline.checkpoint.strict_json import read_json_file, shown
 from pipeline.errors import SourceError
 
 INDEX_NAME = "model.safetensors.index.json"
 
-# Written anew for the output, so never copied.
-_REPLACED = {"config.json", "hf_quant_config.json", INDEX_NAME}
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".tmp",
-)
-# `layersweep` holds the reports of a published checkpoint.
-_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__", "layersweep"}
+# Nemotron 3 Ultra has 50,000, quantized 200,000.
+MAX_TENSORS = 1_000_000
+# Of 255: files are written under longer names first (`durable.temporary_of`).
+MAX_FILE_NAME_BYTES = 200
 
 
-def read_json(path: Path, rule: str) -> dict[str, Any]:
+def read_json(path: Path, rule: str, *, allow_nan: bool = True) -> dict[str, Any]:
     """Parses a JSON object.
+
+    Args:
+        path: The file.
+        rule: What it is for.
+        allow_nan: Accept NaN and Infinity, which NVIDIA's config.json holds.
 
     Raises:
         SourceError: Missing, unreadable, or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path, allow_nan=allow_nan)
     except OSError as problem:
         raise SourceError(
             str(path),
@@ -76,8 +67,8 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX_NAME
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     weight_map: dict[str, str] | None = None
-    if index.is_file():
-        weight_map = _read_weight_map(index)
+    if os.path.lexists(index):
+        weight_map = read_weight_map(index)
         absent = sorted(set(weight_map.values()) - set(files))
         if absent:
             raise SourceError(
@@ -94,6 +85,7 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
             rule="the weights must be safetensors (model.safetensors, or shards with an index)",
             remedy="convert .bin or .pt weights with transformers' save_pretrained first",
         )
+    _check_weight_files(directory, files)
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         for info in read_header(directory / name).values():
@@ -105,44 +97,44 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
                     remedy="remove the file that does not belong to this checkpoint",
                 )
             tensors[info.name] = info
+        if len(tensors) > MAX_TENSORS:
+            raise SourceError(
+                str(directory),
+                value=f"more than {MAX_TENSORS:,} tensors",
+                rule="no model has as many",
+                remedy="remove the files that do not belong to this checkpoint",
+            )
     if weight_map is not None:
         _check_index(index, weight_map, tensors)
     return tensors
 
 
-def find_small_files(directory: Path) -> dict[str, Path]:
-    """Relative to absolute path of every file that is neither weights nor written anew.
-
-    Links are followed (the Hub cache is made of them), but no directory is entered twice.
+def read_weight_map(index: Path) -> dict[str, str]:
+    """File names by tensor, from an index.
 
     Raises:
-        SourceError: Something that is no readable regular file.
+        SourceError: No such thing, or names that are not of files in its directory.
     """
-    found: dict[str, Path] = {}
-    entered: set[str] = set()
-    for root, directories, names in os.walk(directory, followlinks=True):
-        if os.path.realpath(root) in entered:
-            directories.clear()
-            continue
-        entered.add(os.path.realpath(root))
-        directories[:] = sorted(
-            name
-            for name in set(directories) - _SKIPPED_DIRECTORIES
-            if not name.endswith(_WEIGHT_SUFFIXES)
+    weight_map = read_json(index, "an index must be readable", allow_nan=False).get("weight_map")
+    fault = "no weight_map" if not isinstance(weight_map, dict) else ""
+    for name, file in (weight_map if isinstance(weight_map, dict) else {}).items():
+        if name_fault(name) or not isinstance(file, str) or not is_weight_file(file):
+            fault = fault or f"{shown(name)} in {shown(file)}"
+    if fault:
+        raise SourceError(
+            str(index),
+            value=f"no usable weight_map ({fault})",
+            rule="an index maps tensor names to .safetensors files of its own directory",
+            remedy="fetch the index again, or remove it: shards are also read without one",
         )
-        for name in sorted(names):
-            path = Path(root) / name
-            relative = path.relative_to(directory).as_posix()
-            if relative not in _REPLACED and not name.endswith(_WEIGHT_SUFFIXES):
-                if not path.is_file() or not os.access(path, os.R_OK):
-                    raise SourceError(
-                        str(path),
-                        value="a broken link" if path.is_symlink() else "no readable regular file",
-                        rule="every small file is copied along",
-                        remedy="fetch it again, or remove it",
-                    )
-                found[relative] = path
-    return found
+    assert isinstance(weight_map, dict)
+    return dict(weight_map)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether this can be the name of a weight file: one of a directory, and a name to print."""
+    is_plain = "/" not in name and len(os.fsencode(name)) <= MAX_FILE_NAME_BYTES
+    return is_plain and name.endswith(".safetensors") and not name_fault(name)
 
 
 def first_five(names: list[str]) -> str:
@@ -151,18 +143,16 @@ def first_five(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index, "an index must be readable").get("weight_map")
-    if not isinstance(weight_map, Mapping) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
-    ):
+def _check_weight_files(directory: Path, files: list[str]) -> None:
+    wrong = [ascii(name) for name in files if not is_weight_file(name)]
+    if wrong:
         raise SourceError(
-            str(index),
-            value="no usable weight_map",
-            rule="an index maps tensor names to file names of its own directory",
-            remedy="fetch the index again, or remove it: shards are also read without one",
+            str(directory),
+            value=f"{len(wrong)} weight files with such names: {first_five(wrong)}",
+            rule="a file name is at most "
+            f"{MAX_FILE_NAME_BYTES} bytes of UTF-8, printable, without a backslash",
+            remedy="fetch the checkpoint again, or remove what does not belong to it",
         )
-    return dict(weight_map)
 
 
 def _check_index(

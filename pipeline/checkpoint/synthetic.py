@@ -33,6 +33,7 @@ from pipeline.checkpoint.random_values import (
     random_bits,
     sum_of_bytes,
 )
+from pipeline.checkpoint.read_record import ReadRecord
 from pipeline.checkpoint.safetensors_file import CHUNK_BYTES, TORCH_DTYPES, as_bytes
 from pipeline.checkpoint.source import TensorHeader, no_such_tensor
 from pipeline.errors import SourceError
@@ -77,6 +78,7 @@ class SyntheticSource:
         self.config = {k: v for k, v in config.items() if k != "quantization_config"}
         self.tensors = dict(tensors)
         self.small_files: dict[str, Path] = {}
+        self.reads: ReadRecord | None = None  # what is made from a seed cannot change
         self.location = f"synthetic {model} (seed {seed})"
         self.seed, self.device = seed, device
         self._of_thread = threading.local()

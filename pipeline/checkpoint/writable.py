@@ -9,12 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from pipeline.checkpoint.safetensors_file import DTYPE_NAMES, TORCH_DTYPES, as_bytes
+from pipeline.checkpoint.safetensors_file import DTYPE_NAMES, TORCH_DTYPES, as_bytes, is_shape
+from pipeline.checkpoint.source_files import is_weight_file
+from pipeline.checkpoint.strict_json import is_whole_number, shown
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype (as safetensors writes it) and logical shape, by name."""
@@ -94,17 +99,25 @@ class FileRecord:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> FileRecord:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError on anything else."""
-        return cls(
-            name=str(value["name"]),
-            bytes=int(value["bytes"]),
-            sha256=str(value["sha256"]),
-            tensors={
-                name: (str(dtype), tuple(int(size) for size in shape))
-                for name, (dtype, shape) in value["tensors"].items()
-            },
-        )
+    def from_json(cls, value: Any) -> FileRecord:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: Anything that `to_json` does not make.
+        """
+        if not isinstance(value, dict):
+            raise ValueError(f"{shown(value)} in the place of a file's record")
+        name, size, sha256 = (value.get(key) for key in ("name", "bytes", "sha256"))
+        if not (isinstance(name, str) and is_weight_file(name)):
+            raise ValueError(f"{shown(name)} is no name of a weight file")
+        if not (is_whole_number(size) and size >= 0):
+            raise ValueError(f"{name}: {shown(size)} bytes")
+        if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            raise ValueError(f"{name}: SHA-256 {shown(sha256)}")
+        tensors = value.get("tensors")
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{name}: tensors {shown(tensors)}")
+        return cls(name, size, sha256, {key: _entry(key, item) for key, item in tensors.items()})
 
 
 def dtype_and_shape(tensor: Writable) -> tuple[str, tuple[int, ...]]:
@@ -153,3 +166,11 @@ def file_header(names: Sequence[str], layout: Layout) -> tuple[bytes, int]:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offset
+
+
+def _entry(name: str, value: object) -> tuple[str, tuple[int, ...]]:
+    """A layout's entry, from JSON."""
+    dtype, shape = value if isinstance(value, list) and len(value) == 2 else (None, None)
+    if not (isinstance(dtype, str) and dtype in TORCH_DTYPES and is_shape(shape)):
+        raise ValueError(f"{shown(name)}: {shown(value)} in the place of dtype and shape")
+    return dtype, tuple(shape)

@@ -165,10 +165,22 @@ def _summarize(
                 kl_p99=_p99(kl[i]),
                 top1=float(agrees[i].mean()),
                 clipped=clipped[mode],
+                predictions=len(kl[i]),
+                kl_error=_standard_error(kl[i]),
+                ratio_error=_ratio_error(losses[i] - whole[0]),
             )
             for i, mode in enumerate(modes)
         ],
     )
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _ratio_error(differences: torch.Tensor) -> float:
+    """Of exp(mean), to first order."""
+    return _perplexity(differences) * _standard_error(differences)
 
 
 def _p99(values: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ Threads read a few tensors ahead; values are computed on the device, one tensor 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +18,12 @@ import torch
 from pipeline.architecture import TensorSpec, layer_tensors
 from pipeline.checkpoint.safetensors_file import TORCH_DTYPES
 from pipeline.checkpoint.source import Source
+from pipeline.checkpoint.weight_errors import Part, WeightErrors, compare_weights, read_errors
 from pipeline.evaluation.quantized import QuantizedCheckpoint, StoredShard, dequantize
 from pipeline.evaluation.records import ServingMode
 from pipeline.job import StoredTensor
 from pipeline.sharding import ParallelDims, Shard, shard_of
 from pipeline.weights import LayerSlot
-
-_PIECE = 2**24
-"""Weights compared at a time: temporaries in fp64 stay below 400 MB."""
 
 
 class LayerFiller:
@@ -59,7 +58,7 @@ class LayerFiller:
         self._dims, self._rank, self._cast = dims, rank, cast
         self._device, self._backend, self._threads = device, backend, threads
         self._pool = ThreadPoolExecutor(threads)
-        self._squares: dict[str, torch.Tensor] = {}
+        self._errors: dict[str, tuple[torch.Tensor, Shard]] = {}
         self._copies: dict[str, torch.Tensor] = {}
         self._flushes = False
 
@@ -112,19 +111,26 @@ class LayerFiller:
                     held = slot.target_of(spec)
                     self._copies[spec.name] = (tensor.to(held.dtype) != held).any()
             elif compares:
-                self._squares[spec.module] = _squares(tensor, slot.target_of(spec))
+                assert stored.algorithm is not None
+                found = compare_weights(
+                    tensor, slot.target_of(spec), stored.algorithm, stored.scale
+                )
+                self._errors[spec.module] = (found, shard)
             return tensor
 
         ahead = self._read_ahead(layer, fetch)
         slot.fill(layer, read)
         self._flushes = flushes
 
-    def squares(self) -> dict[str, tuple[float, ...]]:
-        """Of this rank's part of every quantized module so far: `findings.Squares`."""
-        if not self._squares:
+    def weight_errors(self) -> dict[str, WeightErrors]:
+        """Of this rank's part of every quantized module so far."""
+        if not self._errors:
             return {}
-        values = torch.stack(list(self._squares.values())).tolist()
-        return {name: tuple(sums) for name, sums in zip(self._squares, values, strict=True)}
+        values = torch.stack([found for found, _ in self._errors.values()]).tolist()
+        return {
+            module: _in_tensor(read_errors(found, shard.shape[1]), shard)
+            for (module, (_, shard)), found in zip(self._errors.items(), values, strict=True)
+        }
 
     def changed_copies(self) -> list[str]:
         """Unquantized tensors of the layers so far whose values are not the source's."""
@@ -147,15 +153,22 @@ class LayerFiller:
             yield waiting.popleft().result()
 
 
-def _squares(quantized: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Squared error, squared weight and their product with each other of a matrix, fp64 [3]."""
-    total = torch.zeros(3, dtype=torch.float64, device=quantized.device)
-    step = max(1, _PIECE // max(1, quantized.shape[1]))
-    for first in range(0, len(quantized), step):
-        rows = slice(first, first + step)
-        before = source[rows].double()
-        after = quantized[rows].double()
-        total[2] += (after * before).sum()
-        total[0] += after.sub_(before).square_().sum()
-        total[1] += before.square_().sum()
-    return total
+def _in_tensor(errors: WeightErrors, shard: Shard) -> WeightErrors:
+    """With the places of the worst row and block in the whole tensor."""
+    if shard.is_whole:
+        return errors
+
+    def moved(part: Part) -> Part:
+        name = ("row", "column")[shard.dim]
+        return dataclasses.replace(part, **{name: _position(getattr(part, name), shard)})
+
+    return dataclasses.replace(errors, row=moved(errors.row), block=moved(errors.block))
+
+
+def _position(local: int, shard: Shard) -> int:
+    """Where a place of the shard is in the dim that is cut."""
+    for start, stop in shard.ranges:
+        if local < stop - start:
+            return start + local
+        local -= stop - start
+    raise AssertionError(f"{local} beyond {shard}")

@@ -221,4 +221,5 @@ def conclude(
             )
             for layer, (layer_type, by_mode) in enumerate(errors)
         ],
+        inputs=streams.input_ranges(ranks),
     )

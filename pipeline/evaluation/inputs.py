@@ -1,10 +1,12 @@
 """Inputs as a server's kernels read them.
 
 In: a layer's input scales and the serving mode. Out: a quantizer for `Slot.forward`, which also
-counts what lies beyond the calibrated range.
+counts, by tap, what lies beyond the calibrated range, and how much of the range is reached.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -12,6 +14,15 @@ from pipeline.evaluation.records import ServingMode
 from pipeline.evaluation.scales import LayerScales
 from pipeline.nvfp4.activations import count_beyond, fp8_input, nvfp4_input
 from pipeline.nvfp4.formats import Format
+
+TAPS = (
+    *("in_proj", "out_proj"),
+    *("qkv", "o_proj", "k_cache", "v_cache"),
+    *("fc1_latent_proj", "fc2_latent_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
+    *("experts.up_proj", "experts.down_proj"),
+    *("up_proj", "down_proj"),
+)
+"""Every input that a layer may quantize (`pipeline.mcore.tap`)."""
 
 
 class InputQuantizer:
@@ -22,8 +33,10 @@ class InputQuantizer:
         mode: Of serving; under w4a16 NVFP4 layers read 16-bit inputs.
         device: Where the layer runs.
         backend: Name of what quantizes.
-        counts: Running sums to be raised: elements quantized and elements beyond the calibrated
-            amax, fp64 [2] on the device; None does not count.
+        counts: Running sums to be raised, by tap: elements quantized and elements beyond the
+            calibrated amax, fp64 [taps, 2] on the device; None does not count.
+        reach: Running maxima to be raised, by tap: largest absolute value over the calibrated amax,
+            fp32 [taps] on the device; None does not look.
         taps: Only these; None: all.
     """
 
@@ -35,9 +48,10 @@ class InputQuantizer:
         backend: str,
         *,
         counts: torch.Tensor | None = None,
+        reach: torch.Tensor | None = None,
         taps: frozenset[str] | None = None,
     ) -> None:
-        self._backend, self._counts = backend, counts
+        self._backend, self._counts, self._reach = backend, counts, reach
         self._scales = {
             tap: (item.format, *torch.tensor([item.scale, item.amax], device=device))
             for tap, item in scales.items()
@@ -51,8 +65,13 @@ class InputQuantizer:
             return x
         input_format, scale, amax = self._scales[projection]
         if self._counts is not None:
-            self._counts[0] += x.numel()
-            self._counts[1] += count_beyond(x, amax, self._backend)
+            counts = self._counts[TAPS.index(projection)]
+            counts[0] += x.numel()
+            counts[1] += count_beyond(x, amax, self._backend)
+        if self._reach is not None and x.numel():
+            held = self._reach[TAPS.index(projection)]
+            largest = torch.linalg.vector_norm(x, math.inf).float()
+            held.copy_(torch.maximum(held, largest / amax))
         if input_format is Format.nvfp4:
             return nvfp4_input(x, scale, self._backend)
         return fp8_input(x, scale, self._backend)

@@ -86,6 +86,11 @@ class QuantizedCheckpoint:
         self._embedding = find_embedding_name(self._files.tensors)
         self._unequal: dict[tuple[int, str], tuple[float, float]] = {}
 
+    @property
+    def files(self) -> FileSource:
+        """Where its tensors lie."""
+        return self._files
+
     def check_architecture(self, source: Architecture, location: str) -> None:
         """Refuses a source of another shape.
 

@@ -33,6 +33,10 @@ class Fidelity:
         kl_p99: 99th percentile of the tokens' KL.
         top1: Share of positions at which both models find the same token most likely.
         clipped: Share of the elements of quantized inputs that lie beyond the calibrated amax.
+        predictions: Tokens that the figures are means over; 0 in reports of older runs.
+        kl_error: Standard error of `kl_mean` over tokens, as if these were independent: text gives
+            less, so it is the least that chance does.
+        ratio_error: Likewise of the perplexity's ratio to that of the BF16 model.
     """
 
     mode: str
@@ -41,6 +45,9 @@ class Fidelity:
     kl_p99: float
     top1: float
     clipped: float
+    predictions: int = 0
+    kl_error: float = 0.0
+    ratio_error: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -58,6 +65,34 @@ class LayerErrors:
     layer_type: str
     accumulated: dict[str, float]
     alone: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class InputRange:
+    """How a quantized input, or the keys or values of a cache, fits its calibrated range.
+
+    Attributes:
+        layer: Its index.
+        tap: Which input: `in_proj`, `qkv`, `experts.down_proj`, `k_cache` ...
+        clipped: Share of the elements that lie beyond the calibrated amax, by serving mode.
+        reach: Largest absolute value over the calibrated amax.
+    """
+
+    layer: int
+    tap: str
+    clipped: dict[str, float]
+    reach: float
+
+    @property
+    def scale_name(self) -> str:
+        """The tensor that holds the scale, `*` for every expert; q, k and v have equal ones."""
+        prefix = f"backbone.layers.{self.layer}.mixer"
+        if self.tap in ("k_cache", "v_cache"):
+            return f"{prefix}.{self.tap[0]}_proj.{self.tap[0]}_scale"
+        module = {"qkv": "[qkv]_proj"}.get(self.tap, self.tap)
+        if module.startswith("experts."):
+            module = module.replace("experts.", "experts.*.")
+        return f"{prefix}.{module}.input_scale"
 
 
 @dataclass(kw_only=True)
@@ -99,6 +134,7 @@ class EvaluationReport:
         perplexity: Of the BF16 model.
         modes: Of the quantized one.
         layers: In the model's order.
+        inputs: In the model's order; empty in reports of older runs.
         groups: By harm, the worst first; empty where it was not asked for.
         group_tokens: Tokens that `groups` was measured on.
         seconds: What the evaluation took, wall clock.
@@ -112,6 +148,7 @@ class EvaluationReport:
     perplexity: float
     modes: list[Fidelity]
     layers: list[LayerErrors] = field(default_factory=list)
+    inputs: list[InputRange] = field(default_factory=list)
     groups: list[GroupHarm] = field(default_factory=list)
     group_tokens: int = 0
     seconds: float = 0.0
@@ -132,9 +169,17 @@ def restore(values: Mapping[str, Any]) -> EvaluationReport:
             }
             for item in values["layers"]
         ],
+        "inputs": [
+            {
+                **item,
+                "clipped": {key: _number(value) for key, value in item["clipped"].items()},
+                "reach": _number(item["reach"]),
+            }
+            for item in values.get("inputs", [])
+        ],
         "groups": [{**item, "kl_mean": _number(item["kl_mean"])} for item in values["groups"]],
     }
-    parts = {"modes": Fidelity, "layers": LayerErrors, "groups": GroupHarm}
+    parts = {"modes": Fidelity, "layers": LayerErrors, "inputs": InputRange, "groups": GroupHarm}
     built = {name: [kind(**item) for item in values[name]] for name, kind in parts.items()}
     return EvaluationReport(**{**values, **built})
 

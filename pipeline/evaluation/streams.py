@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pipeline.calibration.hidden import HiddenStore, MicroBatch, same_shape
-from pipeline.evaluation.inputs import InputQuantizer
-from pipeline.evaluation.records import ServingMode
+from pipeline.evaluation.inputs import TAPS, InputQuantizer
+from pipeline.evaluation.records import InputRange, ServingMode
 from pipeline.evaluation.scales import LayerScales
 from pipeline.nvfp4.activations import sum_squares
-from pipeline.runtime.collectives import Ranks, reduce_sum
+from pipeline.runtime.collectives import Ranks, reduce_max, reduce_sum
 from pipeline.sharding import ParallelDims
 from pipeline.weights import LayerSlot
 
@@ -103,7 +103,10 @@ class Streams:
         self._is_whole = [bool((batch.weights == 1).all()) for batch in self.batches]
         # By layer and mode: squared difference accumulated, and alone; then squared BF16 norm.
         self._sums = torch.zeros(layers, len(modes), 3, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(len(modes), 2, dtype=torch.float64, device=device)
+        shape = (len(modes), layers, len(TAPS), 2)
+        self._counts = torch.zeros(shape, dtype=torch.float64, device=device)
+        # The modes hardly differ in it, so one of them looks.
+        self._reach = torch.zeros(layers, len(TAPS), dtype=torch.float32, device=device)
 
     @property
     def store(self) -> HiddenStore:
@@ -143,9 +146,14 @@ class Streams:
             is_same: It computes the same in all modes.
         """
         index, device = self.modes.index(mode), self.store.device
-        counting, plain = (
-            InputQuantizer(scales, mode, device, self.backend, counts=counts)
-            for counts in (self._counts[index], None)
+        plain = InputQuantizer(scales, mode, device, self.backend)
+        counting = InputQuantizer(
+            scales,
+            mode,
+            device,
+            self.backend,
+            counts=self._counts[index, layer],
+            reach=None if index else self._reach[layer],
         )
         sums, stream = self._sums[layer, index], self.served[mode]
         is_known = is_bf16 or (is_same and index > 0)
@@ -171,7 +179,7 @@ class Streams:
         for mode in self.modes:
             for number, hidden in enumerate(self.served[mode]):
                 found[f"{mode.value}.{number:05d}"] = hidden
-        return {**found, "sums": self._sums, "counts": self._counts}
+        return {**found, "sums": self._sums, "counts": self._counts, "reach": self._reach}
 
     @torch.inference_mode()
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -193,8 +201,27 @@ class Streams:
 
         Counted in micro-batches without padding.
         """
-        counts = reduce_sum(self._counts, ranks.world).tolist()
+        counts = reduce_sum(self._counts, ranks.world).sum((1, 2)).tolist()
         return {
             mode: beyond / elements if elements else 0.0
             for mode, (elements, beyond) in zip(self.modes, counts, strict=True)
         }
+
+    def input_ranges(self, ranks: Ranks) -> list[InputRange]:
+        """How every quantized input fits its calibrated range; a collective, counted likewise."""
+        reach = reduce_max(self._reach, ranks.world).tolist()
+        counts = reduce_sum(self._counts, ranks.world)
+        shares = counts[..., 1] / counts[..., 0]
+        return [
+            InputRange(
+                layer=layer,
+                tap=TAPS[tap],
+                clipped={
+                    mode.value: float(shares[index, layer, tap])
+                    for index, mode in enumerate(self.modes)
+                    if counts[index, layer, tap, 0]
+                },
+                reach=reach[layer][tap],
+            )
+            for layer, tap in counts[..., 0].sum(0).nonzero().tolist()
+        ]

@@ -32,7 +32,7 @@ def load_recipe(name_or_path: str | Path, presets_dir: str | Path) -> Recipe:
         RecipeError: Nothing of that name, not a PTQ recipe, not valid, or an algorithm that is
             not supported.
     """
-    name, location = _locate(str(name_or_path), Path(presets_dir))
+    name, location = locate_recipe(str(name_or_path), Path(presets_dir))
     loaded = _read(name, location)
     if (kind := loaded.recipe_type.value) != "ptq":
         raise RecipeError(
@@ -77,8 +77,12 @@ def _library_root() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _locate(name: str, presets_dir: Path) -> tuple[str, Path | str]:
-    """The recipe's name, and what Model Optimizer's loader is to be given."""
+def locate_recipe(name: str, presets_dir: Path) -> tuple[str, Path | str]:
+    """The recipe's name, and what Model Optimizer's loader is to be given; it is not imported.
+
+    Raises:
+        RecipeError: Nothing of that name.
+    """
     stem = name.removesuffix(".yaml").removesuffix(".yml")
     preset = presets_dir / f"{stem}.yaml"
     if "/" not in name and preset.is_file():

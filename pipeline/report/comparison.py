@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.checkpoint.durable import write_json
+from pipeline.checkpoint.durable import write_json, write_text
 from pipeline.config import REPORT_DIRECTORY
 from pipeline.errors import ConfigError
 from pipeline.evaluation.records import Fidelity
@@ -213,10 +213,7 @@ def write_rows(rows: Sequence[Row], directory: Path, notes: Sequence[str]) -> No
     """Writes comparison.json and comparison.html."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "comparison.json", to_values(rows, notes))
-    page = _page(rows, notes)
-    partial = directory / "comparison.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(directory / "comparison.html")
+    write_text(directory / "comparison.html", _page(rows, notes))
 
 
 def to_values(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import math
 
-from pipeline.evaluation.records import EvaluationReport, Fidelity, GroupHarm, LayerErrors
+from pipeline.evaluation.records import (
+    EvaluationReport,
+    Fidelity,
+    GroupHarm,
+    InputRange,
+    LayerErrors,
+)
 from pipeline.report.records import RunReport
 from pipeline.report.summary import FORMAT_LABELS, format_change, format_percent
 
@@ -20,6 +26,12 @@ MOST_GROUPS = 15
 MOST_ADVICE = 3
 # Share of clipped inputs above which a warning says so.
 MOST_CLIPPED = 0.001
+# Of one input; held-out text measures up to 0.00006 in the demo and in Model Optimizer's exports.
+MOST_CLIPPED_INPUT = 0.003
+# Largest value over the calibrated amax; held-out text measures 0.75 and more.
+LEAST_REACH = 1 / 16
+MOST_INPUTS = 10
+FEWEST_PREDICTIONS = 1000
 HOW_TO_MEASURE = (
     "What quantization cost was not measured: evaluation.num_sequences=8 measures it during a run, "
     "python -m launch.evaluate on a finished checkpoint."
@@ -58,7 +70,7 @@ def mode_rows(evaluation: EvaluationReport) -> list[list[str]]:
             [format_perplexity(mode.perplexity) for mode in modes],
         ),
         ("perplexity against BF16", [_change(evaluation, mode) for mode in modes]),
-        ("mean KL, nats per token", [_number(mode.kl_mean) for mode in modes]),
+        ("mean KL, nats per token", [_with_error(mode) for mode in modes]),
         ("99th percentile of KL", [_number(mode.kl_p99) for mode in modes]),
         ("same top-1 token, %", [_kept(mode.top1) for mode in modes]),
         ("clipped inputs, %", [format_percent(mode.clipped, 3) for mode in modes]),
@@ -68,8 +80,48 @@ def mode_rows(evaluation: EvaluationReport) -> list[list[str]]:
 
 def all_warnings(report: RunReport) -> list[str]:
     """Return the run's warnings, after those that the evaluation gives rise to."""
-    modes = report.evaluation.modes if report.evaluation else []
-    return [*clipping_warnings(modes), *report.warnings]
+    if report.evaluation is None:
+        return list(report.warnings)
+    return [
+        *clipping_warnings(report.evaluation.modes),
+        *sample_warnings(report.evaluation.modes),
+        *input_warnings(report.evaluation.inputs),
+        *report.warnings,
+    ]
+
+
+def input_warnings(inputs: list[InputRange]) -> list[str]:
+    """Name the inputs whose scale the text contradicts, the most clipped first."""
+
+    def share(item: InputRange) -> float:
+        return max(item.clipped.values(), default=0.0)
+
+    small = sorted((i for i in inputs if share(i) > MOST_CLIPPED_INPUT), key=share, reverse=True)
+    # The scales of a cache are at least 1, whatever its amax.
+    large = [i for i in inputs if i.reach < LEAST_REACH and not i.tap.endswith("_cache")]
+    found = [
+        f"layer {item.layer}, {item.tap}: {format_percent(share(item))} % of the inputs lie beyond "
+        f"the range of {item.scale_name}, the largest {item.reach:.3g} times: the scale is too "
+        "small, or the text unlike that of the calibration"
+        for item in small
+    ] + [
+        f"layer {item.layer}, {item.tap}: the largest input reaches {item.reach:.3g} of the range "
+        f"of {item.scale_name}: the scale is too large, or the text unlike that of the calibration"
+        for item in large
+    ]
+    if len(found) > MOST_INPUTS:
+        return [*found[:MOST_INPUTS], f"{len(found)} such inputs in all"]
+    return found
+
+
+def sample_warnings(modes: list[Fidelity]) -> list[str]:
+    """Say where the figures are means over few tokens."""
+    counts = [mode.predictions for mode in modes if 0 < mode.predictions < FEWEST_PREDICTIONS]
+    return [
+        f"{count:,} predictions are few: below {FEWEST_PREDICTIONS:,} chance decides; raise "
+        "evaluation.num_sequences"
+        for count in counts[:1]
+    ]
 
 
 def clipping_warnings(modes: list[Fidelity]) -> list[str]:
@@ -191,6 +243,13 @@ def _change(evaluation: EvaluationReport, mode: Fidelity) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "not finite"
+
+
+def _with_error(mode: Fidelity) -> str:
+    """Return the mean KL, with its standard error where it is known."""
+    if not (mode.kl_error and math.isfinite(mode.kl_error)):
+        return _number(mode.kl_mean)
+    return f"{_number(mode.kl_mean)} +- {mode.kl_error:.1g}"
 
 
 def _kept(share: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.checkpoint.durable import write_text
 from pipeline.evaluation.records import EvaluationReport
 from pipeline.report.drawing import Plot
 from pipeline.report.fidelity import (
@@ -59,9 +60,7 @@ FIRST_WARNINGS = 2
 
 def write_html(report: RunReport, path: Path) -> None:
     """Write the page, replacing an older one in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_html(report), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, render_html(report))
 
 
 def render_html(report: RunReport) -> str:

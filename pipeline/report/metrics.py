@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.checkpoint.durable import open_to_append
+from pipeline.checkpoint.strict_json import parse_json
 from pipeline.report.run_json import finite
 
 
@@ -25,7 +27,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         unfinished = path.exists() and not _ends_a_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = os.fdopen(open_to_append(path), "a", encoding="utf-8")
         if unfinished:
             self._file.write("\n")
 
@@ -64,10 +66,10 @@ def _ends_a_line(path: Path) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file in order, without unfinished ones."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -41,6 +41,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(_rank_table(plan))
     if plan.memory is not None and plan.needs_forward:
         console.print(Text(f"memory   {describe_memory(plan.memory)}"))
+        size = _gb(plan.snapshot_bytes)
+        text = f"beside the checkpoint {size} for each snapshot of the hidden states"
+        console.print(Text(f"disk     {text}, one more than snapshots.keep"))
     if plan.unmatched_patterns:
         console.print(Text(f"note     {describe_unmatched(plan.unmatched_patterns)}"))
     for note in plan.notes:

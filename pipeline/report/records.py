@@ -7,6 +7,7 @@ Relative error is sqrt(squared_error / squared_weight); both sums are taken in f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.evaluation.records import EvaluationReport
 
@@ -133,6 +134,7 @@ class RunReport:
         unmatched_patterns: Patterns of the recipe that matched no module.
         against_max: How NVFP4 weights compare with `max`; None where that was not measured.
         evaluation: What quantization cost on evaluation text; None where it was not measured.
+        attempts: How each attempt at the run began and ended.
     """
 
     source: str
@@ -160,6 +162,7 @@ class RunReport:
     unmatched_patterns: list[str] = field(default_factory=list)
     against_max: AgainstMax | None = None
     evaluation: EvaluationReport | None = None
+    attempts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_rejected(self) -> bool:

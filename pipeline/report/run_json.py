@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.checkpoint.durable import write_text
+from pipeline.checkpoint.strict_json import read_json_file
 from pipeline.errors import OutputError
 from pipeline.evaluation.records import restore
 from pipeline.report.fidelity import all_warnings, describe_fidelity
@@ -37,13 +38,7 @@ def write_run_json(report: RunReport, path: Path) -> None:
     if report.evaluation is not None:
         summary["fidelity"] = describe_fidelity(report.evaluation)
     content = {"schema": SCHEMA, "summary": summary, **dataclasses.asdict(report)}
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(finite(content), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_run_json(path: Path) -> RunReport:
@@ -53,7 +48,7 @@ def read_run_json(path: Path) -> RunReport:
         OutputError: The file is missing, is not JSON, or has another schema.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
         schema = content.pop("schema")
         if schema != SCHEMA:
             raise OutputError(
@@ -74,7 +69,7 @@ def read_run_json(path: Path) -> RunReport:
         if content.get("against_max") is not None:
             content["against_max"] = _build(AgainstMax, content["against_max"])
         return _build(RunReport, content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise OutputError(
             str(path),
             value=f"{type(error).__name__}: {error}",

@@ -24,12 +24,16 @@ class Progress:
     """Prints at most one line per interval; the last layer always speaks.
 
     Args:
-        layers: Number of layers in the sweep.
-        tokens: Calibration tokens that pass through every layer (all ranks).
+        layers: Number of layers of the model; the attribute is lowered where some are not visited.
+        tokens: Calibration tokens that pass through every layer (all ranks). The speed is that of
+            tokens through the whole model.
         device: Device whose peak memory is told.
         interval_s: Least seconds between two lines.
         enabled: False on ranks other than 0.
         record: Takes the figures of every layer, spoken or not (metrics.jsonl); None drops them.
+
+    Attributes:
+        figures: Of the last layer, where enabled: its speed, what is left, and the peak memory.
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class Progress:
         record: Callable[..., None] | None = None,
     ) -> None:
         self.layers, self.tokens, self.device = layers, tokens, device
+        self._of_model = layers
         self.interval_s, self.enabled, self.record = interval_s, enabled, record
         self.started = time.monotonic()
         self.spoken = -interval_s
         self.done = 0
+        self.figures: dict[str, float] = {}
 
     def layer_done(
         self, layer: int, kind: str, *, phase: str, experts: str = "", **figures: Any
@@ -57,8 +63,9 @@ class Progress:
             return
         elapsed = time.monotonic() - self.started
         left = elapsed / self.done * (self.layers - self.done)
-        speed = self.tokens * self.done / max(elapsed, 1e-9) / self.layers
+        speed = self.tokens * self.done / max(elapsed, 1e-9) / self._of_model
         peak = peak_memory_gib(self.device)
+        self.figures = {"tokens_per_s": speed, "left_s": left, "peak_gib": peak}
         if self.record is not None:
             self.record(
                 phase=phase,
@@ -66,9 +73,7 @@ class Progress:
                 type=str(kind),
                 done=self.done,
                 layers=self.layers,
-                tokens_per_s=speed,
-                peak_gib=peak,
-                left_s=left,
+                **self.figures,
                 **figures,
             )
         if elapsed - self.spoken < self.interval_s and self.done < self.layers:

@@ -32,6 +32,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_LAST_WORDS_S = 5.0
+
 
 class RankError(AssertionError):
     """A rank failed; the message holds its own traceback (or the signal that ended it)."""
@@ -99,13 +101,17 @@ def _first_failure(
     processes: list[BaseProcess], ended: list[BaseProcess], folder: Path
 ) -> RankError:
     """Blames the rank that raised first: its peers fail too, by losing their connection."""
-    failures = [
-        (*pickle.loads(path.read_bytes()), int(path.stem)) for path in folder.glob("*.failure")
-    ]
     dead = [process for process in ended if process.exitcode and process.exitcode < 0]
     if dead:
         name = signal.Signals(-(dead[0].exitcode or 0)).name
         return RankError(processes.index(dead[0]), len(processes), f"ended by {name}")
+    running = [process.sentinel for process in processes if process not in ended]
+    if running and not any(folder.glob("*.failure")):
+        # Ranks of a guarded run end each other: the one that raised may be about to say so.
+        wait(running, _LAST_WORDS_S)
+    failures = [
+        (*pickle.loads(path.read_bytes()), int(path.stem)) for path in folder.glob("*.failure")
+    ]
     if not failures:
         lost = next(process for process in ended if process.exitcode)
         report = f"exited with status {lost.exitcode} and no exception"

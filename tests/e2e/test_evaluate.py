@@ -135,6 +135,23 @@ def test_a_sound_export_passes(root: Path) -> None:
     assert worse["w4a4"]["kl_mean"] > 2 * modes["w4a4"]["kl_mean"], "everything is NVFP4 there"
 
 
+def test_no_figure_shows_what_is_not_computed_again(
+    mixed: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers without NVFP4 are the same in both modes."""
+    expected, quantized, skipped = sound(MIXED, root), Streams.quantized, mixed.parent / "skipped"
+
+    def compute_all(streams: Streams, *given: Any, **options: bool) -> None:
+        if any(options.values()):
+            skipped.touch()
+        quantized(streams, *given)
+
+    monkeypatch.setattr(Streams, "quantized", compute_all)
+    _, values = run(mixed)
+    assert skipped.exists()
+    assert {**values["report"], "seconds": 0} == {**expected["report"], "seconds": 0}
+
+
 @pytest.mark.parametrize("recipe", [MIXED, FLAT])
 def test_predictions_are_those_of_model_optimizers_fake_quantization(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -335,7 +352,11 @@ def test_swapped_experts_are_found(mixed: Path) -> None:
     spoil(mixed, swap)
     assert audit(mixed).ok, "its structure is sound"
     checked = audit(mixed, source=open_source(GOLDEN / "source"))
-    assert {p.split(": ")[1] for p in checked.problems if p.startswith("relative")} == {
+    assert {
+        p.split(": ")[1].split(".weight is")[0]
+        for p in checked.problems
+        if p.startswith("relative")
+    } == {
         f"{prefix}.1.down_proj",
         f"{prefix}.5.down_proj",
     }
@@ -348,6 +369,74 @@ def test_swapped_experts_are_found(mixed: Path) -> None:
     ]
 
 
+UP, IN_PROJ = "backbone.layers.4.mixer.experts.3.up_proj", "backbone.layers.0.mixer.in_proj"
+
+
+def swap_rows(tensors: Tensors) -> None:
+    for part in ("weight", "weight_scale"):
+        rows = tensors[f"{UP}.{part}"].view(torch.uint8)
+        rows[[2, 9]] = rows[[9, 2]]
+
+
+def double_row_scales(tensors: Tensors) -> None:
+    scales = tensors[f"{UP}.weight_scale"]
+    scales[5] = (scales[5].float() * 2).clamp(max=448).to(scales.dtype)
+
+
+def zero_block(tensors: Tensors) -> None:
+    tensors[f"{UP}.weight"][7, 8:16] = 0
+
+
+def zero_fp8_row(tensors: Tensors) -> None:
+    tensors[f"{IN_PROJ}.weight"].view(torch.uint8)[11] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (swap_rows, f"{UP}.weight row "),
+        (double_row_scales, f"{UP}.weight row 5 is "),
+        (zero_block, f"{UP}.weight row 7, columns 16 to 31 is "),
+        (zero_fp8_row, f"{IN_PROJ}.weight row 11 is "),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_row_or_block_is_found_by_both_commands(
+    change: Callable[[Tensors], object], told: str, mixed: Path
+) -> None:
+    spoil(mixed, change)
+    assert audit(mixed).ok, "its structure is sound"
+    checked = audit(mixed, source=open_source(GOLDEN / "source"))
+    (problem,) = [p for p in checked.problems if p.startswith("relative errors: ")]
+    assert told in problem
+    assert "explains at most" in problem
+    status, values = run(mixed)
+    assert status == 1
+    (found,) = values["report"]["rejected"]
+    assert f"layer {told.split('.')[2]}: {told}" in found
+    assert found.removeprefix(f"layer {told.split('.')[2]}: ") == problem.split(": ", 1)[1]
+
+
+@pytest.mark.parametrize("recipe", [MIXED, FLAT])
+def test_model_optimizers_exports_keep_all_bounds(recipe: str, tmp_path: Path) -> None:
+    checked = audit(copy_export(recipe, tmp_path / "export"), source=open_source(GOLDEN / "source"))
+    assert not [p for p in checked.problems if p.startswith("relative errors")]
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2, "ep": 1}, {"etp": 2, "ep": 1}], ids=["tp2", "etp2"])
+def test_a_block_is_named_by_its_place_in_the_whole_tensor(
+    degrees: dict[str, int], tmp_path: Path
+) -> None:
+    module = "backbone.layers.4.mixer."
+    module += "experts.3.down_proj" if "etp" in degrees else "shared_experts.down_proj"
+    flat = copy_export(FLAT, tmp_path / "export")
+    spoil(flat, lambda tensors: tensors[f"{module}.weight"][7, -8:].zero_())
+    columns = 2 * load_file(flat / "model.safetensors")[f"{module}.weight"].shape[1]
+    _, values = run(flat, world=2, **degrees)
+    (found,) = values["report"]["rejected"]
+    assert f"{module}.weight row 7, columns {columns - 16} to {columns - 1} is " in found
+
+
 def test_an_input_scale_that_is_far_too_small_is_found(mixed: Path, root: Path) -> None:
     def shrink(tensors: Tensors) -> None:
         tensors["backbone.layers.2.mixer.in_proj.input_scale"].mul_(0.01)
@@ -358,11 +447,24 @@ def test_an_input_scale_that_is_far_too_small_is_found(mixed: Path, root: Path) 
     status, values = run(mixed, evaluation=EvaluationConfig(max_kl=0.05, group_sequences=0))
     assert status == 1
     assert [text.split(":")[0] for text in values["report"]["rejected"]] == ["W4A4", "W4A16"]
-    (layer,) = [text for text in values["warnings"] if text.startswith("layer ")]
+    (layer,) = [text for text in values["warnings"] if "its error alone" in text]
     assert layer.startswith("layer 2 (mamba): its error alone is more than 3 times")
     assert layer.endswith("look at its input scales")
+    (named,) = [text for text in values["warnings"] if "too small" in text]
+    assert "backbone.layers.2.mixer.in_proj.input_scale" in named
     kl = by_mode(sound(MIXED, root))["w4a4"]["kl_mean"]
     assert by_mode(values)["w4a4"]["kl_mean"] > 3 * kl
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1 / 3, "too small"), (100.0, "too large")])
+def test_an_input_scale_that_is_off_is_named(factor: float, told: str, mixed: Path) -> None:
+    name = "backbone.layers.2.mixer.in_proj.input_scale"
+    spoil(mixed, lambda tensors: tensors[name].mul_(factor))
+    _, values = run(mixed)
+    (found,) = [text for text in values["warnings"] if "the scale is" in text]
+    assert found.startswith("layer 2, in_proj: ")
+    assert name in found
+    assert told in found
 
 
 def test_unequal_scales_of_q_k_and_v_are_found(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_wheel_holds_every_preset_and_the_demo_model(wheel: Path) -> None:
     expected = {path for path in (ROOT / "conf").rglob("*.yaml") if "local" not in path.parts}
     expected |= {path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     expected |= {path for path in (ROOT / "pipeline/demo/model").iterdir() if path.is_file()}
+    expected |= {ROOT / "pipeline/cluster/slurm.sh.jinja", ROOT / "pipeline/report/template.html"}
     missing = {path.relative_to(ROOT).as_posix() for path in expected} - names
     assert not missing
     assert not any(name.startswith(("tests/", "bench/")) for name in names)
@@ -79,6 +80,17 @@ def test_plan_of_the_demo_model_away_from_the_repository(installed: Path, tmp_pa
     )
     assert values["refusals"] == []
     assert values["quantized_gb"] < values["bf16_gb"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_is_submitted_and_looked_at_away_from_the_repository(
+    installed: Path, tmp_path: Path
+) -> None:
+    words = ("dry_run=true", "experiment=demo", "output=out")
+    script = _run(installed / "bin" / "layersweep-submit", *words, cwd=tmp_path)
+    assert script.startswith("#!/bin/bash\n")
+    assert f"{installed}/bin/python -m launch.status {tmp_path}/out" in script
+    _run(installed / "bin" / "layersweep-status", tmp_path / "out", cwd=tmp_path, status=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Snapshots on a GPU: written beside the next layers, with hidden states on the device or the host."""
+"""Snapshots on a GPU: written beside the next layers; hidden states on the device or the host."""
 
 import json
 import os

@@ -94,9 +94,9 @@ def test_files_may_be_late_on_a_device(tmp_path: Path) -> None:
         commits.add(run)
         commits.settle()
         assert journal.committed(layer) is None
-    (journal.files / "a").write_bytes(b"12")
+    (journal.files / "a.safetensors").write_bytes(b"12")
     for file in files:
-        file.set_result(FileRecord("a", 2, "0" * 64, {}))
+        file.set_result(FileRecord("a.safetensors", 2, "0" * 64, {}))
     run = visited(2)
     run.files = [files[2]]
     commits.add(run)

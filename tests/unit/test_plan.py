@@ -171,7 +171,7 @@ def test_weight_only_needs_no_forward_and_no_slots() -> None:
     assert plan.kv_cache == "16-bit"
     assert plan.per_rank[0].slot_gb == 0.0
     assert plan.memory is not None
-    assert plan.memory.hidden == plan.memory.activations == 0
+    assert plan.memory.hidden == plan.memory.activations == plan.snapshot_bytes == 0
 
 
 def test_hidden_states_are_counted_for_padded_sequences_too() -> None:
@@ -182,6 +182,7 @@ def test_hidden_states_are_counted_for_padded_sequences_too() -> None:
     # ceil(7 / dp 2) = 4 sequences of 64 / tp 2 positions of 128 bf16 values.
     assert plan.memory is not None
     assert plan.memory.hidden == 4 * 32 * 128 * 2
+    assert plan.snapshot_bytes == 4 * plan.memory.hidden  # of four ranks
 
 
 def test_a_rank_reads_only_its_share() -> None:

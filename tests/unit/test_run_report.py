@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.architecture import Architecture
-from pipeline.checkpoint.journal import LayerRecord, PartRecord
+from pipeline.checkpoint.journal import SCALARS, LayerRecord, PartRecord
 from pipeline.checkpoint.publish import WorkDirectory
 from pipeline.job import Job, build_job, estimate_stored
 from pipeline.packing import STATISTICS
@@ -19,7 +19,7 @@ from pipeline.recipe import load_recipe
 from pipeline.report.records import RunReport
 from pipeline.run_report import build_report
 from pipeline.sharding import ParallelDims
-from pipeline.sweep import LOSS, SCALARS
+from pipeline.sweep import LOSS
 from tests.unit.checkpoint.tiny import tiny_config
 
 PRESETS = Path(__file__).parents[2] / "conf" / "recipe"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.architecture import Architecture, Role
-from pipeline.checkpoint.journal import Journal
+from pipeline.checkpoint.journal import SCALARS, Journal
 from pipeline.checkpoint.source import open_source
 from pipeline.checkpoint.source_check import check_source
 from pipeline.commits import ScalarSettings, coverage
@@ -23,7 +23,7 @@ from pipeline.runtime.collectives import Ranks
 from pipeline.runtime.progress import Progress
 from pipeline.schedule import split_by_size
 from pipeline.sharding import ParallelDims
-from pipeline.sweep import OUTER, SCALARS, Sweep, SweepSettings
+from pipeline.sweep import OUTER, Sweep, SweepSettings
 from tests.unit.checkpoint.tiny import tiny_config, tiny_tensors, write_source
 
 PRESETS = Path(__file__).parents[2] / "conf" / "recipe"

@@ -63,7 +63,8 @@ def test_a_tensor_that_differs_from_its_source_fails(
     assert verify(VerifyConfig(directory=str(out), source=str(source))) == 1
     text = capsys.readouterr().out
     assert "backbone.layers.0.norm.weight" in text
-    assert "audit FAILED: 1 problems" in text
+    assert "audit FAILED: 1 problem:" in text
+    assert "checksums: not checked (no SHA256SUMS)" in text
 
 
 def test_a_file_that_changed_under_its_checksum_fails(

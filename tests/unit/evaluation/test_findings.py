@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import pytest
 
+from pipeline.checkpoint.weight_errors import Part, WeightErrors
 from pipeline.evaluation.findings import (
+    add_errors,
     find_outlying_layers,
     find_wrong_weights,
-    relative_errors,
 )
 from pipeline.evaluation.quantized import QuantizedCheckpoint
 from pipeline.evaluation.records import LayerErrors
@@ -42,12 +43,23 @@ def layers(*errors: float, kind: str = "moe") -> list[LayerErrors]:
     ]
 
 
-def test_parts_of_all_ranks_add_up_and_replicas_cancel_out() -> None:
-    one = {"a": (1.0, 50.0), "b": (0.0, 0.0), "c": (2.0, 0.0)}
-    two = {"a": (3.0, 350.0), "d": (4.0, 100.0)}
-    once = relative_errors([one, two])
-    assert once == {"a": 0.1, "b": 0.0, "c": math.inf, "d": 0.2}
-    assert relative_errors([one, two, one, two]) == once
+def erring(error: float) -> WeightErrors:
+    """Of a tensor with this relative error and no other fault."""
+    return WeightErrors(error**2, 1.0, 1.0)
+
+
+def test_parts_of_all_ranks_add_up_and_replicas_count_once() -> None:
+    worse, worst = Part(1.5, row=3), Part(2.0, row=7, column=32, width=16)
+    one = {"a": WeightErrors(1.0, 50.0, row=worse), "b": WeightErrors()}
+    two = {"a": WeightErrors(3.0, 350.0, block=worst), "c": WeightErrors(2.0, 0.0)}
+    once = add_errors([one, two])
+    assert once["a"] == WeightErrors(4.0, 400.0, row=worse, block=worst)
+    assert {name: error.relative for name, error in once.items()} == {
+        "a": 0.1,
+        "b": 0.0,
+        "c": math.inf,
+    }
+    assert add_errors([one, two, one, two]) == once
 
 
 @pytest.mark.parametrize(
@@ -64,7 +76,7 @@ def test_parts_of_all_ranks_add_up_and_replicas_cancel_out() -> None:
     ],
 )
 def test_bounds_of_weights(algorithm: str, error: float, is_wrong: bool) -> None:
-    found = find_wrong_weights({module(7): error}, checkpoint({module(7): algorithm}))
+    found = find_wrong_weights({module(7): erring(error)}, checkpoint({module(7): algorithm}))
     assert bool(found) is is_wrong
     if is_wrong:
         assert found[0].startswith(f"layer 7: {module(7)}.weight is ")
@@ -72,8 +84,10 @@ def test_bounds_of_weights(algorithm: str, error: float, is_wrong: bool) -> None
 
 
 def test_many_wrong_weights_are_counted_the_worst_first() -> None:
-    errors = {module(layer, f"experts.{e}.up_proj"): 1.0 + e for layer in (1, 4) for e in range(8)}
-    errors[module(9)] = math.nan
+    errors = {
+        module(layer, f"experts.{e}.up_proj"): erring(1.0 + e) for layer in (1, 4) for e in range(8)
+    }
+    errors[module(9)] = erring(math.nan)
     found = find_wrong_weights(errors, checkpoint(dict.fromkeys(errors, "NVFP4")))
     assert found[0].startswith("layer 9: ")
     assert "experts.7.up_proj.weight is 8 away" in found[1]

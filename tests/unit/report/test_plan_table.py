@@ -44,6 +44,7 @@ def plan_with(**changes: Any) -> Plan:
         ],
         "per_rank": [RankPlan(0, 21.5, 0.25, 1121.0, 352.3)],
         "memory": MEMORY,
+        "snapshot_bytes": 34_359_738_368,
         "unmatched_patterns": ["*vision*"],
         "notes": ["K is narrow"],
         "refusals": [],
@@ -71,6 +72,7 @@ def test_sizes_first_then_everything_else() -> None:
         "norm bf16 1 8.2 k 16.4 kB 16.4 kB",
         "bias bf16 1 3 12 24 B 24 B",
         "0 21.5 0.2500 1,121.0 352.3",
+        "disk beside the checkpoint 34.4 GB for each snapshot of the hidden states",
         "note patterns of the recipe that match nothing in this model: '*vision*'",
         "note K is narrow",
     ):

@@ -61,6 +61,20 @@ def test_a_line_says_it_all(clock: Clock, caplog: pytest.LogCaptureFixture) -> N
     assert last.endswith("0 s left")
 
 
+def test_the_speed_is_that_through_the_whole_model(clock: Clock) -> None:
+    """A restart that visits the last two of ten layers is no faster for it."""
+    records: list[dict[str, object]] = []
+    meter = Progress(
+        10, 2000, CPU, interval_s=5.0, enabled=True, record=lambda **f: records.append(f)
+    )
+    meter.layers = 2
+    for layer in (8, 9):
+        clock.now += 20.0
+        meter.layer_done(layer, "moe", phase="calibrate")
+    assert [record["tokens_per_s"] for record in records] == [10.0, 10.0]
+    assert [record["left_s"] for record in records] == [20.0, 0.0]
+
+
 def test_other_ranks_are_silent(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run(clock, 3, 10.0, enabled=False)
