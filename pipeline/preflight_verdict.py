@@ -126,7 +126,9 @@ def _said_by(
 
 def _unequal_software(ready: Mapping[int, Facts], hosts: Mapping[int, str]) -> list[str]:
     faults = _unequal({r: f.versions for r, f in ready.items()}, hosts)
-    others = _unequal({r: {"Layersweep's own files": f.code} for r, f in ready.items()}, hosts)
+    others = _unequal(
+        {r: {"digest of Layersweep's own files": f.code} for r, f in ready.items()}, hosts
+    )
     if not others or faults:  # another version has other files
         others = []
     return [

@@ -1,4 +1,4 @@
-"""`verify_source`: the weights are compared with the checksums that came with them, before the work.
+"""`verify_source`: weights are compared with the checksums that came with them, before the work.
 
 In: the opened source, and all ranks. Out: nothing, or one error on every rank that names the files.
 Ranks read slices while they work, and whole files have these sums, so this reads everything once
