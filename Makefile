@@ -18,7 +18,7 @@ setup: $(READY) ## Create .venv with the tested versions (downloads about 3 GB o
 
 demo: $(READY) ## Calibrate the shipped tiny model on two CPU ranks and show the report
 	@rm -rf outputs/demo-nvfp4 outputs/demo-nvfp4.partial
-	@OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
+	@OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2 \
 	  -m launch.calibrate experiment=demo
 
 plan: $(READY) ## Plan Nemotron 3 Ultra under the published recipe: no weights, no GPU

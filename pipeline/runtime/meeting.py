@@ -11,8 +11,8 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -45,8 +45,9 @@ class Meeting:
     def __init__(self, rank: int, world: int, answer_s: float = 3600.0) -> None:
         self._rank, self._world, self._answer_s = rank, world, answer_s
         store = _open_store(rank, world)
-        # Several jobs of one process meet one after the other.
-        number = store.add(f"layersweep/meetings/{rank}", 1)
+        with _reaching_rank_0():
+            # Several jobs of one process meet one after the other.
+            number = store.add(f"layersweep/meetings/{rank}", 1)
         self._store: Any = dist.PrefixStore(  # type: ignore[attr-defined]
             f"layersweep/meeting/{number}", store
         )
@@ -61,7 +62,8 @@ class Meeting:
 
     def tell(self, value: Any) -> None:
         """Puts on the table what this rank has found."""
-        self._store.set(f"told/{self._rank}", pickle.dumps(value))
+        with _reaching_rank_0():
+            self._store.set(f"told/{self._rank}", pickle.dumps(value))
 
     def hear(self, join_s: float = JOIN_S) -> dict[int, Any]:
         """On rank 0: what the ranks told, without those that have not come after `join_s`."""
@@ -106,20 +108,28 @@ class Meeting:
     def answered(self) -> Any:
         """What rank 0 said; waits for it."""
         answer = self._wait_for("answer")
-        self._store.set(f"heard/{self._rank}", f"{time.time()}")
+        with suppress(RuntimeError):  # rank 0 need not have waited
+            self._store.set(f"heard/{self._rank}", f"{time.time()}")
         return answer
 
     def _wait_for(self, key: str) -> Any:
-        try:
+        with _reaching_rank_0():
             self._store.wait([key], timedelta(seconds=self._answer_s))
             return pickle.loads(self._store.get(key))
-        except RuntimeError as problem:
-            raise ClusterError(
-                "rank 0",
-                value=f"no answer ({_first_line(problem)})",
-                rule="it holds what the ranks tell each other before they start",
-                remedy="its own message says why; then start the same command again",
-            ) from problem
+
+
+@contextmanager
+def _reaching_rank_0() -> Iterator[None]:
+    """What a store raises inside is the silence of the process that holds it."""
+    try:
+        yield
+    except RuntimeError as problem:
+        raise ClusterError(
+            "rank 0",
+            value=f"no answer ({_first_line(problem)})",
+            rule="it holds what the ranks tell each other before they start",
+            remedy="its own message says why; then start the same command again",
+        ) from problem
 
 
 def can_meet() -> bool:

@@ -231,6 +231,7 @@ def test_rank_0_does_not_answer(config: CalibrateConfig) -> None:
         if rank:
             ours = Preflight(Place(rank, 2, rank), CONF_DIR, answer_s=0.5)
             ours.check_run(config, prepare_run(config, CONF_DIR, Place(rank, 2, rank)))
+        time.sleep(30)  # until the other one has failed
 
     load_recipe(config.recipe, CONF_DIR / "recipe")
     with pytest.raises(RankError, match="rank 0: found no answer") as caught:
