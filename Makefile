@@ -4,15 +4,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo plan test check format clean
+.PHONY: help setup demo plan test test-cluster check format clean
 
 PYTHON ?=
 READY := .venv/.ready
 PY := .venv/bin/python
 
 help: ## List these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name text; do \
-	  printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name text; do \
+	  printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## Create .venv with the tested versions (downloads about 3 GB once)
 
@@ -24,8 +24,11 @@ demo: $(READY) ## Calibrate the shipped tiny model on two CPU ranks and show the
 plan: $(READY) ## Plan Nemotron 3 Ultra under the published recipe: no weights, no GPU
 	@$(PY) -m launch.plan model=nemotron3_ultra recipe=nvfp4_four_over_six
 
-test: $(READY) ## Run all tests, slow ones and real gloo ranks included, on two workers
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "" -n 2 --dist loadfile
+test: $(READY) ## Run all tests but the longest, slow ones and real gloo ranks included, on two workers
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not cluster" -n 2 --dist loadfile
+
+test-cluster: $(READY) ## Run the longest: jobs on a real Slurm of two nodes, two hosts (root, minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster
 
 check: $(READY) ## Formatting, lint and types
 	@$(PY) -m ruff format --check --quiet . || { echo "ruff format: run 'make format'" >&2; exit 1; }

@@ -172,6 +172,9 @@ def _fork(rank: int, port: int, arguments: list[str], fault: Attempt, folder: Pa
         log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        # A test runner has put something else in their place.
+        sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(WORLD),

@@ -250,7 +250,7 @@ def test_evaluation_on_calibration_text(source: Path, tmp_path: Path) -> None:
         what="evaluation.data=",
         value="100% of the evaluation text (by runs of 16 tokens) is calibrated on",
         rule="text of its own",
-        remedy="leave evaluation.data out",
+        remedy="other text as evaluation.data, or leave it out",
     )
 
 

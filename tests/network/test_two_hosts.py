@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.harness import GOLDEN, GOLDEN_SIZE, read_checkpoint, run_job
 from tests.network.hosts import STRAGGLERS_S, Hosts, end, two_hosts, why_not
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 FAILURE_S = 8
 """Without a sign of life."""

@@ -72,6 +72,7 @@ def test_two_nodes_to_the_end(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.cluster
 def test_told_to_stop_it_goes_on_by_itself(
     submitter: Submitter, expected: dict[str, bytes]
 ) -> None:
@@ -89,6 +90,7 @@ def test_told_to_stop_it_goes_on_by_itself(
     assert not job.work.exists()
 
 
+@pytest.mark.cluster
 def test_out_of_time_it_goes_on_by_itself(submitter: Submitter, expected: dict[str, bytes]) -> None:
     """Slurm may send its signal a minute early: any time from the start to the first minute."""
     job = submitter(*JOB, "cluster.time=0:02:00", "cluster.signal_seconds=60")

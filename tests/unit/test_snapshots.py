@@ -473,7 +473,7 @@ def test_the_planned_bytes_are_those_of_the_states() -> None:
     evaluation = evaluation_of()
     for index in range(GROUPS):
         evaluate(evaluation, index % 4)
-    sums = ("streams.sums", "streams.counts", "seconds")
+    sums = ("streams.sums", "streams.counts", "streams.reach", "seconds")
     streams = sum(t.nbytes for name, t in evaluation.state().items() if name not in sums)
     wish = {"evaluated": len(IDS), "group_sequences": 2, "group_seq_len": 8}
     assert planned(**wish) == hidden + streams
