@@ -57,6 +57,7 @@ OPTIONS = (
 )
 WORLD = 2
 _PATIENCE_S = 180.0
+_LAUNCHER_S = 6.0  # a launcher's patience, beyond that of the ranks
 _REPORTS = ("run.json", "report.html", "metrics.jsonl", "config.yaml")
 
 
@@ -198,9 +199,13 @@ def _fork(rank: int, port: int, arguments: list[str], fault: Attempt, folder: Pa
 
 
 def _await(pids: list[int], begun: float) -> tuple[list[int], float]:
-    """Statuses of all, and when the last one was gone; what stands still is ended at the last."""
+    """Statuses of all, and when the last one was gone.
+
+    Ranks that do not end by themselves after another one are told to by SIGTERM, as a launcher
+    does (before they are connected they have no other way to know), and killed if they do not.
+    """
     statuses: dict[int, int] = {}
-    ended = begun
+    ended, failed, told = begun, None, False
     while len(statuses) < len(pids):
         for pid in pids:
             if pid not in statuses:
@@ -208,8 +213,15 @@ def _await(pids: list[int], begun: float) -> tuple[list[int], float]:
                 if found:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
                     ended = time.monotonic()
+                    if statuses[pid] and failed is None:
+                        failed = ended
         left = [pid for pid in pids if pid not in statuses]
-        is_late = time.monotonic() - begun > _PATIENCE_S
+        now = time.monotonic()
+        if failed is not None and now - failed > FAILURE_S + _LAUNCHER_S and not told:
+            told = True
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        is_late = now - begun > _PATIENCE_S or (told and now - failed > 2 * _PATIENCE_S / 3)
         if left and (is_late or (len(left) < len(pids) and all(map(_is_stopped, left)))):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)

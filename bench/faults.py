@@ -18,6 +18,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,11 +30,22 @@ from pathlib import Path
 from typing import Any
 
 from bench import fault_runs
-from bench.fault_injections import KINDS, Attempt, Injection, Scene
+from bench.fault_injections import (
+    FAULT,
+    KILLED,
+    KINDS,
+    REFUSED,
+    STOPPED,
+    Attempt,
+    Injection,
+    Scene,
+)
 from bench.fault_runs import LAYOUTS, WORLD, Ended
 
 _MOUNT_MIB = 64
 _MOST_ATTEMPTS = 5
+# Ranks that are not connected yet cannot tell each other what happened: the launcher does.
+_BEFORE_IT_BEGAN = Attempt(statuses=frozenset({REFUSED, FAULT, STOPPED, KILLED, -signal.SIGTERM}))
 
 
 def main() -> None:
@@ -116,7 +128,12 @@ class Campaign:
         for turn in range(_MOST_ATTEMPTS):
             is_struck = turn < len(injection.attempts)
             fault = injection.attempts[turn] if is_struck else Attempt()
+            attempts_file = output.with_name(output.name + ".partial") / "attempts.jsonl"
+            before = _begun(attempts_file)
             ended = fault_runs.attempt(source, output, options, fault, folder / f"{turn}")
+            has_begun = _begun(attempts_file) > before or output.exists()
+            if not has_begun and fault.outside is not None and not ended.is_finished:
+                fault = _BEFORE_IT_BEGAN
             wrong += _faults_of(ended, fault, output, expected)
             attempts.append(
                 {
@@ -148,6 +165,11 @@ class Campaign:
                 raise RuntimeError("an undisturbed run failed:\n" + "\n".join(ended.words))
             self._references[layout] = fault_runs.published(output), ended.seconds
         return self._references[layout]
+
+
+def _begun(attempts: Path) -> int:
+    """Attempts that a run says have begun."""
+    return attempts.read_text().count('"began"') if attempts.is_file() else 0
 
 
 def _faults_of(ended: Ended, fault: Attempt, output: Path, expected: dict[str, bytes]) -> list[str]:
