@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.machine import process_state
 from pipeline.checkpoint.safetensors_file import read_header
 from pipeline.mcore.slots import Slot
 
@@ -431,11 +432,7 @@ def _wait(pids: list[int], moment: float, *, once_begun: Path | None = None) -> 
 
 
 def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+    return process_state(pid) not in "ZX"
 
 
 def _shim(name: str, number: int, problem: OSError) -> None:

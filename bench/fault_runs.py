@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import launch.calibrate
 from bench.fault_injections import Attempt
+from bench.machine import process_state
 from launch.entry import CONF_DIR
 from pipeline.mcore import slots  # noqa: F401  (imported before forking: once, not per rank)
 from pipeline.recipe import load_recipe
@@ -222,16 +223,10 @@ def _await(pids: list[int], begun: float) -> tuple[list[int], float]:
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
         is_late = now - begun > _PATIENCE_S or (told and now - failed > 2 * _PATIENCE_S / 3)
-        if left and (is_late or (len(left) < len(pids) and all(map(_is_stopped, left)))):
+        if left and (
+            is_late or (len(left) < len(pids) and all(process_state(pid) == "T" for pid in left))
+        ):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     return [statuses[pid] for pid in pids], ended
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state == "T"

@@ -11,6 +11,14 @@ from typing import Any
 import torch
 
 
+def process_state(pid: int) -> str:
+    """One letter, as the system has it: R, S, T ...; X where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def describe_machine(directory: Path) -> dict[str, Any]:
     """Hardware and versions; nothing that names the machine."""
     names = [

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -79,6 +80,13 @@ def run_ranks(
         return [
             pickle.loads((Path(folder) / f"{rank}.value").read_bytes()) for rank in range(world)
         ]
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def _await(processes: list[BaseProcess], folder: Path, timeout: float) -> None:

@@ -34,6 +34,7 @@ from pipeline.recipe import load_recipe
 from pipeline.runtime import signs
 from pipeline.runtime.watch import Watch
 from pipeline.visit import Visit
+from tests.distributed.helpers import free_port
 from tests.e2e.harness import GOLDEN, GOLDEN_SIZE
 from tests.e2e.restarts import Fault, _hook, losses, published
 
@@ -149,7 +150,7 @@ class Ranks:
         if torchrun:
             self.processes = [FORK.Process(target=self._agent)]
         else:
-            port = _free_port()
+            port = free_port()
             self.processes = [
                 FORK.Process(target=self._rank, args=(rank, port), daemon=True)
                 for rank in range(world)
@@ -286,9 +287,3 @@ def failed_line(rank: int, layer: int | None, phase: str, cause: str, resume: st
     where = "" if layer is None else f", layer {layer}"
     start = f"layersweep: failed: rank {rank} on {HOST}{where}, phase {phase}: "
     return start + re.escape(cause) + r"\. " + re.escape(resume)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -7,7 +7,6 @@ initialised CUDA.
 """
 
 import os
-import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from launch.entry import CONF_DIR
 from pipeline.calibrate import Place, calibrate
 from pipeline.config import ComputeDtype, Device
-from tests.distributed.helpers import run_ranks
+from tests.distributed.helpers import free_port, run_ranks
 from tests.e2e.harness import golden_config, is_activation_scalar
 
 TIMEOUT_S = 240.0
@@ -27,9 +26,7 @@ def run_device_job(
     output: Path, device: Device, dtype: ComputeDtype, *, world: int = 1, **options: Any
 ) -> Path:
     """Runs the golden model's job on `world` ranks of `device`; returns the directory it made."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     run_ranks(_job, world, output, device, dtype, port, options, timeout=TIMEOUT_S)
     return output
 

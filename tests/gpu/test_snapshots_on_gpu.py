@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pipeline.config import ComputeDtype, Device, HiddenStorage
 from pipeline.config_parts import SnapshotConfig
 from pipeline.runtime.stop import Reason, Stop
 from pipeline.visit import Visit
-from tests.distributed.helpers import RankError, run_ranks
+from tests.distributed.helpers import RankError, free_port, run_ranks
 from tests.e2e.harness import golden_config
 from tests.e2e.models import write_token_ids
 from tests.e2e.restarts import published
@@ -81,9 +80,7 @@ def _job(rank: int, output: Path, port: int, how: str, options: Values) -> list[
 
 
 def start(output: Path, how: str, options: Values) -> list[int]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     (computed,) = run_ranks(_job, 1, output, port, how, options, timeout=TIMEOUT_S)
     return list(computed)
 
